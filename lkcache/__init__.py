@@ -1,0 +1,1 @@
+"""The `lkcache` command: one file a verb, imports inside the verb."""

@@ -1,0 +1,1 @@
+"""The mathematics and its edges: torch lives here; no path of `params.yaml` does."""

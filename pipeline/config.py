@@ -1,0 +1,98 @@
+"""One section of `params.yaml` -> one frozen, strict model.
+
+Knows no section's content: every model stands beside its owner (`CaptureConfig` in `capture.py`).
+An unknown or missing key, a wrong type and a value out of bounds are `ConfigError`s that name the
+file, the key, what was found and what was expected. YAML 1.2 through ruamel.yaml, as DVC reads it
+(PyYAML takes `1e-4` for a string).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from storage.errors import ConfigError
+
+PARAMS = Path("params.yaml")
+T = TypeVar("T")
+
+
+class Strict(BaseModel):
+    """Base of every section's model: frozen, no unknown key, no silent conversion."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+def read_params(path: Path = PARAMS) -> dict[str, Any]:
+    """All sections of a parameter file as plain values; `ConfigError` if it is no mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            found=f"no {path} in {Path.cwd()}",
+            expected="the project's parameter file",
+            todo="run from the project's root, where dvc.yaml lies",
+        ) from None
+    try:
+        params = YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        raise ConfigError(
+            found=f"{path} is not YAML: {' '.join(str(error).split())}",
+            expected="a YAML 1.2 mapping of sections",
+            todo=f"mend {path}",
+        ) from None
+    if not isinstance(params, dict):
+        raise ConfigError(
+            found=f"{path} holds {type(params).__name__}",
+            expected="a mapping of sections",
+            todo=f"mend {path}",
+        )
+    return params
+
+
+def parse(section: str, value: object, model: type[T] | Any, *, path: Path = PARAMS) -> T:
+    """Validate one section's value; `model` is a pydantic model or any annotated type of them."""
+    try:
+        parsed: T = TypeAdapter(model).validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ConfigError(**_sentence(section, first, len(error.errors()), path)) from None
+    return parsed
+
+
+def load(section: str, model: type[T] | Any, *, path: Path = PARAMS) -> T:
+    """Read and validate one section of `params.yaml`, by dotted name (`drafts.lm`)."""
+    value: Any = read_params(path)
+    for depth, key in enumerate(section.split(".")):
+        if not isinstance(value, Mapping) or key not in value:
+            known = ", ".join(map(str, value)) if isinstance(value, Mapping) else "no keys"
+            parent = ".".join(section.split(".")[:depth]) or str(path)
+            raise ConfigError(
+                found=f"{path} has no {section}",
+                expected=f"one of the keys of {parent}: {known}",
+                todo=f"add {section} to {path} or correct the name",
+            )
+        value = value[key]
+    return parse(section, value, model, path=path)
+
+
+def _sentence(section: str, error: Any, count: int, path: Path) -> dict[str, str]:
+    """The three parts of a `ConfigError` from pydantic's first finding."""
+    # a discriminated union puts its tag into the location; the user's file does not have it
+    where = ".".join([section, *(str(part) for part in error["loc"] if "[" not in str(part))])
+    more = f" (and {count - 1} more)" if count > 1 else ""
+    if error["type"] == "missing":
+        found, expected = f"{path}: {where} is missing", "a value for every parameter"
+        todo = f"add {where} to {path}"
+    elif error["type"] == "extra_forbidden":
+        found, expected = f"{path}: {where} is unknown", "only parameters that a stage reads"
+        todo = f"remove {where} from {path} or correct its spelling"
+    else:
+        message = str(error["msg"])
+        found = f"{path}: {where} is {error['input']!r}"
+        expected = message[0].lower() + message[1:]
+        todo = f"correct {where} in {path}"
+    return {"found": found + more, "expected": expected, "todo": todo}

@@ -1,0 +1,166 @@
+"""The contract of a draft, and how one is found by name.
+
+A draft lives in one file, `pipeline/drafts/<kind>.py`, that defines `Config` (a `Strict` model with
+`kind: Literal["<kind>"]`) and `Model` (a `Draft`). Nothing else refers to it by import, so that an
+edit retrains that kind only.
+
+Dims: B sequences, T tokens, W width of a token buffer, N supervised anchors, V target vocabulary,
+Vd draft vocabulary, S depths, L captured layers, D target width. Anchor, depth: `pipeline.batch`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from pipeline.batch import Batch
+from pipeline.config import Strict
+from storage.errors import ConfigError
+
+FOLDER = Path(__file__).parent / "drafts"
+
+
+class DraftConfig(Strict):
+    """What every draft's section holds besides its own shape."""
+
+    kind: str
+    lr_scale: float
+    """Factor on `warmup.lr` and `train.lr` for this draft, every loss alike."""
+    steps_scale: float
+    """Factor on `warmup.steps` and `train.steps` for this draft, every loss alike."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a draft reads of a cached sequence beside its tokens."""
+
+    num_layers: int = 0
+    """L: how many captured layers (`capture.hidden_layers`); 0 for none."""
+    last_hidden: bool = False
+    interface: bool = False
+    """Whether it is built on the target's embedding and LM head (`target/interface`)."""
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What drafts may use of the target: never its body. Frozen tensors, float32."""
+
+    embed: Tensor
+    """[V, D]"""
+    lm_head: Tensor
+    """[V, D]"""
+    norm: Tensor
+    """[D] weight of the final RMS norm."""
+    norm_eps: float
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The target's shape, enough to build a draft without the target."""
+
+    vocab_size: int
+    hidden_size: int
+
+
+@dataclass
+class Context:
+    """What a round of decoding knows, for B rows of different length.
+
+    `length[b]` tokens are committed; the last one (just sampled by the target) has not been through
+    the target yet, so features are valid at positions < length[b] − 1. The anchor is length[b] − 2:
+    depth k drafts the token of position length[b] + k.
+    """
+
+    tokens: Tensor
+    """[B, W] int64"""
+    length: Tensor
+    """[B] int64, at least 2."""
+    hidden: Tensor | None
+    """[B, W, L, D]"""
+    last_hidden: Tensor | None
+    """[B, W, D]"""
+
+
+class State(Protocol):
+    """A draft's decoding state (its KV caches) for B rows."""
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only the given rows ([B'] int64), in that order."""
+
+
+Choose = Callable[[int, Tensor], Tensor]
+"""(depth k, logits [B, Vd]) -> drafted tokens [B] int64, in ids of the *target's* vocabulary."""
+
+
+class Draft(nn.Module, ABC):
+    """A draft model: all depths of a batch at once for training, a chain of γ for decoding."""
+
+    shifts: ClassVar[bool] = False
+    """True where depth k at anchor j is depth 0 at anchor j + k (a standalone LM)."""
+
+    d2t: Tensor | None = None
+    """[Vd] int64 target id of each draft id, ascending; None where Vd = V."""
+
+    @staticmethod
+    @abstractmethod
+    def needs(config: Any) -> Needs:
+        """What the cache must hold for this draft; known before anything is loaded."""
+
+    @staticmethod
+    @abstractmethod
+    def max_depth(config: Any) -> int | None:
+        """The deepest γ that it can draft (MEDUSA: its heads); None where there is no limit."""
+
+    @staticmethod
+    @abstractmethod
+    def loss_depth(config: Any) -> int:
+        """S: how many depths stand in the training loss (1 for a standalone LM)."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, config: Any, shape: Shape, interface: Interface | None, seed: int) -> "Draft":
+        """A fresh draft, initialised from `seed` alone; `DraftError` where shapes do not fit."""
+
+    @abstractmethod
+    def training_logits(self, batch: Batch, depth: int) -> Iterator[Tensor]:
+        """Yield for k = 0 … depth−1 the logits [N_k, Vd] at `batch.pairs(k).anchor`, in that order.
+
+        Teacher forced. A draft whose `shifts` is True yields depth 0 only.
+        """
+
+    @abstractmethod
+    def open(self, num_rows: int, width: int) -> State:
+        """A fresh decoding state for B rows of at most `width` tokens, drafts included."""
+
+    @abstractmethod
+    def propose(self, state: Any, context: Context, gamma: int, choose: Choose) -> Tensor:
+        """Draft γ tokens a row; returns their logits [B, γ, Vd] and lets `choose` pick each token.
+
+        Catches its state up with `context` first; what earlier rounds wrote beyond the committed
+        tokens must not be seen. Equal, up to rounding, to `training_logits` on the same path.
+        """
+
+    def trainable(self) -> dict[str, Tensor]:
+        """What a checkpoint stores: all parameters and buffers but the target's frozen ones."""
+        frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
+        return {k: v for k, v in self.state_dict().items() if k not in frozen}
+
+
+def kinds() -> list[str]:
+    """The draft kinds that exist: the files of `pipeline/drafts/`."""
+    return sorted(p.stem for p in FOLDER.glob("*.py") if p.stem != "__init__")
+
+
+def find(kind: str) -> Any:
+    """The module of a draft kind (`Config`, `Model`); `ConfigError` lists those that exist."""
+    if kind not in kinds():
+        raise ConfigError(
+            found=f"draft kind {kind!r}",
+            expected=f"one of {', '.join(kinds())}",
+            todo="correct `kind` in params.yaml or add pipeline/drafts/" + f"{kind}.py",
+        )
+    return import_module(f"pipeline.drafts.{kind}")

@@ -1,0 +1,1 @@
+"""One file a draft architecture, found by its name (`pipeline.draft.find`)."""

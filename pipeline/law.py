@@ -1,0 +1,81 @@
+"""The target's law at R rows, as drafts are trained against it: sparse entries or a dense row.
+
+Dims: R rows (tokens whose next token is supervised), E entries of all rows together, V vocabulary.
+
+A sparse law is a sum of weighted entries (DESIGN §5, MATHS): a kept id has weight 1; each of a
+row's M tail samples v ~ p restricted to the tail has weight r / (M p_v), so that
+
+    α̂  = Σ_e weight_e · min(p_e, q_e)          + min(bucket, q_rest)
+    KL̂ = Σ_e weight_e · p_e · log(p_e / q_e)   + bucket · log(bucket / q_rest)
+
+are unbiased where the tail is sampled. `bucket` is the tail mass of a row that has no sample (its
+tail is one merged symbol, q_rest = 1 − Σ_kept q) and 0 in a row that has.
+
+Knows nothing of the cache's codes or files (`pipeline.dataset` builds laws from records).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SparseLaw:
+    """R ragged rows of weighted entries."""
+
+    entry_start: Tensor
+    """[R + 1] int64: row r owns entries entry_start[r] : entry_start[r + 1]."""
+    ids: Tensor
+    """[E] int64 token ids; a tail sample may repeat within its row."""
+    p: Tensor
+    """[E] float32 probability under the full law, never renormalised."""
+    weight: Tensor
+    """[E] float32: 1 for a kept id, r / (M p) for a tail sample."""
+    bucket: Tensor
+    """[R] float32 tail mass that no sample stands for."""
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return self.bucket.shape[0]
+
+    def rows(self) -> Tensor:
+        """[E] int64: the row that owns each entry."""
+        counts = self.entry_start.diff()
+        return torch.repeat_interleave(torch.arange(self.num_rows, device=counts.device), counts)
+
+    def take(self, rows_N: Tensor) -> "SparseLaw":
+        """The laws of the given rows, in that order; a row may be taken twice."""
+        counts = self.entry_start.diff()[rows_N]
+        start = torch.zeros(len(rows_N) + 1, dtype=torch.int64, device=counts.device)
+        torch.cumsum(counts, 0, out=start[1:])
+        shift = torch.repeat_interleave(self.entry_start[:-1][rows_N] - start[:-1], counts)
+        entry = torch.arange(len(shift), device=counts.device) + shift
+        return SparseLaw(
+            entry_start=start,
+            ids=self.ids[entry],
+            p=self.p[entry],
+            weight=self.weight[entry],
+            bucket=self.bucket[rows_N],
+        )
+
+
+@dataclass(frozen=True)
+class DenseLaw:
+    """R rows of full log-probabilities (`mode: full` and rebuilt caches)."""
+
+    logp: Tensor
+    """[R, V] float32 log-probabilities."""
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return self.logp.shape[0]
+
+    def take(self, rows_N: Tensor) -> "DenseLaw":
+        """The laws of the given rows, in that order."""
+        return DenseLaw(self.logp[rows_N])
+
+
+Law = SparseLaw | DenseLaw

@@ -1,0 +1,102 @@
+"""The parquet tables that cross a stage: their schemas, one writer, one checked reader.
+
+Knows columns, not meaning. The same rows give the same bytes: no clock, no host, one row group
+size, one codec.
+
+| table | one row is |
+| --- | --- |
+| `DOCUMENTS` | a document of the source, with the split it belongs to |
+| `PROMPTS` | a prompt cut from a document of the same split, or given by the user |
+| `SEQUENCES` | a prompt with a response, as tokens |
+| `ROUNDS` | one prompt decoded (or replayed) by one arm at one temperature and γ |
+| `DEPTHS` | sums over one prompt's supervised anchors at one depth, by one arm and temperature |
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage.errors import DataError
+
+DOCUMENTS = pa.schema(
+    [("id", pa.string()), ("domain", pa.string()), ("split", pa.string()), ("text", pa.string())]
+)
+PROMPTS = pa.schema(
+    [("id", pa.string()), ("domain", pa.string()), ("split", pa.string()), ("text", pa.string())]
+)
+SEQUENCES = pa.schema(
+    [
+        ("id", pa.string()),  # of the prompt
+        ("domain", pa.string()),
+        ("tokens", pa.list_(pa.uint32())),
+        ("turn", pa.list_(pa.int32())),  # assistant turn of each token, -1 outside
+        ("law", pa.string()),  # "T=1", "T=0": the target's own sample of that law; "data": not
+        ("finished", pa.bool_()),  # ended by an end-of-sequence token
+    ]
+)
+ARM = [
+    ("arm", pa.string()),
+    ("draft", pa.string()),
+    ("kind", pa.string()),
+    ("objective", pa.string()),
+    ("loss", pa.string()),
+    ("seed", pa.int64()),
+]
+ROUNDS = pa.schema(
+    [
+        *ARM,
+        ("instrument", pa.string()),  # "replay" (exact expectation) or "decode" (sampled)
+        ("temperature", pa.float64()),
+        ("gamma", pa.int64()),
+        ("prompt", pa.string()),
+        ("domain", pa.string()),
+        ("tokens", pa.int64()),  # response tokens after the first, end-of-sequence included
+        ("rounds", pa.float64()),  # target passes after the prefill; an expectation in replay
+        ("drafted", pa.float64()),
+        ("accepted", pa.float64()),
+    ]
+)
+DEPTHS = pa.schema(
+    [
+        *ARM,
+        ("temperature", pa.float64()),
+        ("prompt", pa.string()),
+        ("domain", pa.string()),
+        ("depth", pa.int64()),  # k, 0 for the first drafted token
+        ("anchors", pa.int64()),
+        ("alpha", pa.float64()),  # sum of the unbiased estimate of alpha; T = 1 rows only
+        ("alpha_lo", pa.float64()),  # sums of the certified bounds
+        ("alpha_hi", pa.float64()),
+        ("accept", pa.float64()),  # sum of min(1, q(x) / p(x)); at T = 0 of [argmax q = x]
+        ("survive", pa.float64()),  # sum of the product of accept over depths 0 ... k
+    ]
+)
+
+
+def write_table(path: Path, schema: pa.Schema, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows to `path`; every row must hold exactly the schema's columns."""
+    table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, compression="zstd", row_group_size=65_536)
+
+
+def read_table(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
+    """Read all rows; `DataError` where the file is missing or its columns differ."""
+    if not path.is_file():
+        raise DataError(
+            found=f"no file {path}",
+            expected="the table that an earlier stage writes",
+            todo="run dvc repro",
+        )
+    table = pq.read_table(path)
+    if not table.schema.equals(schema):
+        raise DataError(
+            found=f"{path} has columns {', '.join(table.schema.names)}",
+            expected=f"{', '.join(schema.names)} with this version's types",
+            todo="run dvc repro, so that the stage writes it anew",
+        )
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows
