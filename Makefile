@@ -1,0 +1,53 @@
+# Two commands do all the set-up: `make run` and `make test`. Both are safe to repeat.
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+  $$p -c '$(SUPPORTED)' 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+# spinning OpenMP threads cost 5x when two processes share the cores
+export OMP_WAIT_POLICY := PASSIVE
+# no stage needs the network: data sets and models are local unless params.yaml names a hub
+export HF_HUB_DISABLE_TELEMETRY := 1
+export PATH := $(BIN):$(PATH)
+
+.PHONY: run test quick check env fix clean help
+
+run: env  ## the whole pipeline on params.yaml, to report/index.html
+	dvc repro
+	@echo "report: $(CURDIR)/report/index.html"
+
+test: env  ## the whole test suite, formatter, linter, types and import contracts included
+	pytest -n 2 --dist worksteal
+
+quick: env  ## every stage on the smoke preset, in quick/, within two minutes
+	rm -rf quick
+	lkcache init quick --preset smoke
+	cd quick && dvc repro
+	@echo "report: $(CURDIR)/quick/report/index.html"
+
+check: env  ## the same checks as `make test`, cheapest first, stopping at the first failure
+	ruff format --check .
+	ruff check .
+	mypy
+	lint-imports
+	pytest -x -n 2 --dist worksteal
+
+fix: env  ## let the formatter and the linter mend what they can
+	ruff format .
+	ruff check --fix .
+
+env: $(VENV)/.installed  ## the virtual environment with pinned packages
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" && $(PYTHON) -c '$(SUPPORTED)' || { echo "no Python 3.11 or 3.12 among" \
+	  "python3, python3.12, python3.11; install one or set PYTHON=/path/to/python3.12"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  "torch==2.13.0" --editable ".[pipeline,fast,dev]"
+	@touch $@
+
+clean:  ## remove what stages left unfinished; outputs and DVC's cache stay
+	rm -rf .scratch quick
+
+help:
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'

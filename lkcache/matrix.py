@@ -1,0 +1,38 @@
+"""`lkcache matrix ROW ...`: write the cells of `params.yaml` from lists."""
+
+from lkcache.presets import dump, write_cells, yaml
+from pipeline.config import PARAMS
+from storage.errors import ConfigError
+
+
+def matrix(rows: list[str]) -> None:
+    """Write `starts` and `arms` from rows like `lm:0,1,2:kl,tv,lk_lambda`; exports are kept.
+
+    An export of an arm that is no longer in the matrix is dropped, and said so.
+    """
+    params = yaml().load(PARAMS)
+    lists = dict(_row(row) for row in rows)
+    old = {arm: cell["format"] for arm, cell in params["exports"].items()}
+    write_cells(params, lists, {})
+    kept = {arm: form for arm, form in old.items() if arm in params["arms"]}
+    write_cells(params, lists, kept)
+    dump(params, PARAMS)
+    print(f"{PARAMS}: {len(params['starts'])} starts, {len(params['arms'])} arms")
+    for arm in old.keys() - kept.keys():
+        print(f"export of {arm} was dropped: no such arm any more")
+
+
+def _row(text: str) -> tuple[str, dict[str, list[int] | list[str]]]:
+    parts = text.split(":")
+    try:
+        draft, seeds, objectives = parts
+        return draft, {
+            "seeds": [int(s) for s in seeds.split(",")],
+            "objectives": objectives.split(","),
+        }
+    except ValueError:
+        raise ConfigError(
+            found=f"row {text!r}",
+            expected="DRAFT:SEEDS:OBJECTIVES, such as lm:0,1,2:kl,lk_lambda",
+            todo="write every row so",
+        ) from None
