@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PATH := $(BIN):$(PATH)
 
-.PHONY: run test quick check env fix clean help
+.PHONY: run test quick check env fix deps clean help
 
 run: env  ## the whole pipeline on params.yaml, to report/index.html
 	dvc repro
@@ -45,6 +45,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 	  "torch==2.13.0" --editable ".[pipeline,fast,dev]"
 	@touch $@
+
+deps: env  ## write every stage's import closure into dvc.yaml
+	python -m tests.house.closure
 
 clean:  ## remove what stages left unfinished; outputs and DVC's cache stay
 	rm -rf .scratch quick
