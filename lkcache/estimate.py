@@ -4,7 +4,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import read_params
-from pipeline.estimate import Line, estimate as lines_of
+from pipeline.estimate import Line
+from pipeline.estimate import estimate as lines_of
 
 # 2 cores of a laptop reach 0.15 TFLOP/s in fp32 (measured on the embedded target's training)
 LAPTOP_TFLOPS = 0.15

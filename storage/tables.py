@@ -25,7 +25,13 @@ DOCUMENTS = pa.schema(
     [("id", pa.string()), ("domain", pa.string()), ("split", pa.string()), ("text", pa.string())]
 )
 PROMPTS = pa.schema(
-    [("id", pa.string()), ("domain", pa.string()), ("split", pa.string()), ("text", pa.string())]
+    [
+        ("id", pa.string()),
+        ("domain", pa.string()),
+        ("split", pa.string()),
+        ("text", pa.string()),
+        ("response", pa.string()),  # the data's own, for `generate.engine: none`; null otherwise
+    ]
 )
 SEQUENCES = pa.schema(
     [

@@ -1,0 +1,66 @@
+"""The command `lkcache`: a table of verbs, each a file and a function of the same name.
+
+A verb's module is imported when that verb runs, so that `--help` and the light verbs start without
+what the heavy ones need. A `LkcacheError` is printed as its sentence, without a traceback, and
+exits with 2; a verb may return an exit code of its own.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from importlib import import_module
+from typing import Any
+
+import typer
+
+from storage.errors import LkcacheError
+
+EXIT_MENDABLE = 2
+
+VERBS = {
+    "estimate": "Bytes, hours and free disk, before anything runs.",
+    "init": "Lay out a project that dvc repro runs in.",
+    "inspect": "Where a cache comes from, what it holds, and the text with its alternatives.",
+    "matrix": "Write the cells of params.yaml from lists of drafts, seeds and losses.",
+    "use": "Write params.yaml from a preset and say what changed.",
+    "verify": "Re-hash every file of a cache and check its structure.",
+}
+
+
+def main() -> None:
+    """Run the verb that the command line names."""
+    app = typer.Typer(
+        help="The offline logits cache for speculative-decoding drafts.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_no_options)  # a group, even while a single verb is loaded
+    called = sys.argv[1] if len(sys.argv) > 1 else ""
+    for verb in [called] if called in VERBS else VERBS:
+        app.command(verb, help=VERBS[verb])(_load(verb) if verb == called else _no_options)
+    app(prog_name="lkcache")
+
+
+def _no_options() -> None:
+    """Stand in where only names and summaries are listed."""
+
+
+def _load(verb: str) -> Callable[..., None]:
+    """The verb's function, its errors turned into sentences and its result into an exit code."""
+    function: Callable[..., Any] = getattr(import_module(f"lkcache.{verb}"), verb)
+
+    @wraps(function)
+    def run(*args: object, **options: object) -> None:
+        try:
+            code = function(*args, **options)
+        except LkcacheError as error:
+            print(f"lkcache {verb}: {error}", file=sys.stderr)
+            raise typer.Exit(EXIT_MENDABLE) from None
+        raise typer.Exit(code or 0)
+
+    return run
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""The table of arrays of a cache: one row an array, read by writer, reader, verify and FORMAT.md.
+
+Dims: token, entry (Σ kept), sample (Σ tail_kept), row (supervised token), sequence, byte; and
+the fixed V (vocabulary), L (captured layers), D (target width). Ragged dims are local to a part.
+
+Knows names, shapes and types, not how they are filled or compressed beyond the chunk length.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+VERSION = 1
+MODES = ("topk", "full")
+MAX_VOCAB = 2**32 - 1  # ids are uint32
+TOKEN_CHUNK = 4096
+ENTRY_CHUNK = 65_536
+# Wide rows (hidden states, logits) get chunks of about this size: sixteen rows of a 32k vocabulary
+# measured best (reference/ecosystem.md §3.3), and smaller ones pay zarr's fixed cost per chunk.
+WIDE_CHUNK_BYTES = 1 << 20
+
+BFLOAT16 = "bfloat16 bits"
+PROBABILITY = "p = (code / 1023)^2"
+UTF8 = "UTF-8, all strings joined"
+
+
+@dataclass(frozen=True)
+class Array:
+    """One array of a part."""
+
+    name: str
+    dims: tuple[str, ...]
+    dtype: str
+    meaning: str
+    encoding: str = ""
+    """How stored numbers stand for values, written as the array's attribute `encoding`."""
+
+
+TABLE = (
+    Array("tokens", ("token",), "uint32", "x_t"),
+    Array("turn", ("token",), "int32", "assistant turn that x_t belongs to, -1 outside"),
+    Array("token_logp", ("token",), "float32", "log p_t(x_{t+1}), exact; 0 where not supervised"),
+    Array("kept", ("token",), "uint16", "entries of token t"),
+    Array("topk_ids", ("entry",), "uint32", "kept ids, token after token"),
+    Array("topk_p", ("entry",), "uint16", "their probabilities, never renormalised", PROBABILITY),
+    Array("tail_logp_mass", ("token",), "float32", "log(1 - sum of kept p); -inf for no tail"),
+    Array("tail_kept", ("token",), "uint8", "samples of token t"),
+    Array("tail_ids", ("sample",), "uint32", "ids drawn from p outside the kept set"),
+    Array("tail_logp", ("sample",), "float16", "their log p"),
+    Array("logits", ("row", "V"), "uint16", "full logits of supervised tokens", BFLOAT16),
+    Array("hidden", ("token", "L", "D"), "uint16", "captured hidden states", BFLOAT16),
+    Array("last_hidden", ("token", "D"), "uint16", "hidden state after the final norm", BFLOAT16),
+    Array("row_start", ("sequence",), "int64", "first token of the sequence"),
+    Array("length", ("sequence",), "int64", "tokens of the sequence"),
+    Array("id", ("byte",), "uint8", "the sequences' ids", UTF8),
+    Array("id_end", ("sequence",), "int64", "end of each id in `id`"),
+    Array("domain", ("byte",), "uint8", "the sequences' domains", UTF8),
+    Array("domain_end", ("sequence",), "int64", "end of each domain in `domain`"),
+)
+ARRAYS: Mapping[str, Array] = {array.name: array for array in TABLE}
+SEQUENCE_ARRAYS = ("row_start", "length", "id", "id_end", "domain", "domain_end")
+"""Read when a cache is indexed; every other array only where it is asked for."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What one cache stores of every token."""
+
+    mode: str
+    """`topk` (ragged entries and tail samples) or `full` (logits of supervised rows)."""
+    vocab_size: int
+    hidden_size: int
+    hidden_layers: tuple[int, ...]
+    """Indices into transformers' `hidden_states`: 0 is the embedding's output."""
+    last_hidden: bool
+
+    def __post_init__(self) -> None:
+        """A layout that cannot be written is the caller's mistake."""
+        if self.mode not in MODES:
+            raise ValueError(f"mode {self.mode!r}; expected one of {', '.join(MODES)}")
+        if not 0 < self.vocab_size <= MAX_VOCAB:
+            raise ValueError(f"vocabulary of {self.vocab_size}; expected 1 to {MAX_VOCAB}")
+        if self.hidden_size < 1:
+            raise ValueError(f"hidden_size {self.hidden_size}; expected at least 1")
+
+    def arrays(self) -> tuple[Array, ...]:
+        """The arrays that every part of this cache holds, in the table's order."""
+        absent = {
+            "logits": self.mode != "full",
+            "hidden": not self.hidden_layers,
+            "last_hidden": not self.last_hidden,
+        }
+        return tuple(array for array in TABLE if not absent.get(array.name, False))
+
+    def width(self, array: Array) -> tuple[int, ...]:
+        """Sizes of the dims after the first."""
+        fixed = {"V": self.vocab_size, "L": len(self.hidden_layers), "D": self.hidden_size}
+        return tuple(fixed[dim] for dim in array.dims[1:])
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form, kept in the manifest."""
+        return {**asdict(self), "hidden_layers": list(self.hidden_layers)}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> "Layout":
+        """The layout of a manifest; `KeyError` or `TypeError` where it is none."""
+        return cls(
+            mode=value["mode"],
+            vocab_size=value["vocab_size"],
+            hidden_size=value["hidden_size"],
+            hidden_layers=tuple(value["hidden_layers"]),
+            last_hidden=value["last_hidden"],
+        )
+
+
+def chunk_length(array: Array, length: int, *, row_bytes: int) -> int:
+    """Inner chunk of an array of `length` rows of `row_bytes` bytes; at least 1."""
+    limit = TOKEN_CHUNK if array.dims[0] in ("token", "row") else ENTRY_CHUNK
+    if len(array.dims) > 1:
+        limit = min(limit, max(1, WIDE_CHUNK_BYTES // row_bytes))
+    return max(1, min(limit, length))

@@ -1,0 +1,211 @@
+"""Is a cache intact and sound? Digests of every file, then the structure of every part; no model.
+
+    findings = check_cache(Path("cache/train.zarr"))   # empty: nothing found
+
+What the numbers should have been is beyond this file: `stages/verify` replays sequences through
+the target (pipeline/audit). Dims: T tokens of a part, E entries, M samples.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.codecs import LEVELS, decode_p, p_error
+from storage.errors import LkcacheError
+from storage.layout import Layout
+from storage.manifest import read_manifest
+from storage.reader import Cache
+from storage.record import supervised
+from storage.workspace import file_names
+
+# Σ kept p + tail mass is 1 up to the rounding of codes (summed exactly below) and of the float32
+# softmax they came from: a sum over 200k ids errs by some 1e-5.
+MASS_TOLERANCE = 1e-4
+# token_logp and topk_p of the same id come from one pass; this is the float32 slack around a cell.
+P_TOLERANCE = 1e-4
+# float16 log-probabilities near 0 round to at most this much above the exact value
+LOGP_TOLERANCE = 1e-3
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing wrong: where, and what."""
+
+    part: str
+    """Name of the part, or empty for the cache as a whole."""
+    array: str
+    message: str
+
+    def __str__(self) -> str:
+        """`part-00000/topk_ids: …`."""
+        where = "/".join(piece for piece in (self.part, self.array) if piece)
+        return f"{where}: {self.message}" if where else self.message
+
+
+def check_cache(path: Path, *, progress: Callable[[str], None] | None = None) -> list[Finding]:
+    """Re-hash every file and check the structure of every part; damage is found, never raised.
+
+    `progress` is called with each part's name before it is read.
+    """
+    try:
+        manifest = read_manifest(path)
+    except LkcacheError as error:
+        return [Finding("", "", str(error))]
+    findings = list(_file_findings(path))
+    if findings:
+        return findings  # structure of files that are not the cache's own says nothing
+    cache = Cache.open(path)
+    seen: Counter[str] = Counter()
+    for number, part in enumerate(manifest.parts):
+        if progress:
+            progress(part.name)
+        try:
+            arrays = {a.name: cache.array(number, a.name) for a in cache.layout.arrays()}
+        except LkcacheError as error:
+            findings.append(Finding(part.name, "", str(error)))
+            continue
+        unsound = _part_findings(arrays, manifest.layout, part.counts["row"])
+        findings += [Finding(part.name, name, said) for name, said in unsound]
+        if findings:
+            continue  # the index cannot be cut from unsound offsets
+        seen.update(cache.part_ids(number))
+    twice = sorted(name for name, count in seen.items() if count > 1)
+    if twice:
+        findings.append(Finding("", "id", f"{len(twice)} ids occur twice, among them {twice[0]!r}"))
+    return findings
+
+
+def _file_findings(path: Path) -> Iterator[Finding]:
+    """Files missing, changed or strange."""
+    manifest = read_manifest(path)
+    listed = {"manifest.json", "manifest.sha256", *manifest.files}
+    for name, entry in manifest.files.items():
+        if problem := entry.problem(path / name, digest=True):
+            yield Finding("", "", f"{name} {problem}")
+    for part in manifest.parts:
+        for name, entry in part.files.items():
+            listed.add(f"{part.name}/{name}")
+            if problem := entry.problem(path / part.name / name, digest=True):
+                yield Finding(part.name, name, problem)
+    for name in sorted(set(file_names(path)) - listed):
+        yield Finding("", name, "is not in the manifest")
+
+
+def _part_findings(arrays: Arrays, layout: Layout, num_rows: int) -> Iterator[tuple[str, str]]:
+    """(array, what is wrong) of one decoded part; later checks rely on earlier ones."""
+    found = list(_offset_findings(arrays))
+    yield from found
+    if found:
+        return
+    yield from _value_findings(arrays, layout.vocab_size)
+    rows = _supervised_rows(arrays)
+    yield from _unsupervised_findings(arrays, rows)
+    if rows.sum() != num_rows:
+        yield "turn", f"makes {int(rows.sum())} supervised tokens, the manifest counts {num_rows}"
+    if layout.mode == "topk":
+        yield from _law_findings(arrays, rows)
+
+
+def _offset_findings(arrays: Arrays) -> Iterator[tuple[str, str]]:
+    """Sequences must tile the tokens, counts the entries, string ends the bytes."""
+    num_tokens, length = len(arrays["tokens"]), arrays["length"]
+    ends = length.cumsum()
+    if (length < 1).any() or not len(length) or ends[-1] != num_tokens:
+        yield "length", f"does not add up to {num_tokens} tokens, each at least 1"
+    elif (arrays["row_start"] != ends - length).any():
+        yield "row_start", "does not ascend by the sequences' lengths"
+    for counts, entries in (("kept", ("topk_ids", "topk_p")), ("tail_kept", _SAMPLES)):
+        total = int(arrays[counts].sum(dtype=np.int64))
+        for name in entries:
+            if len(arrays[name]) != total:
+                yield name, f"holds {len(arrays[name])} values, {counts} counts {total}"
+    for name in ("id", "domain"):
+        ends = arrays[f"{name}_end"]
+        if (np.diff(ends, prepend=0) < 0).any() or ends[-1:].tolist() != [len(arrays[name])]:
+            yield f"{name}_end", f"does not ascend to the {len(arrays[name])} bytes of {name}"
+        else:
+            try:
+                arrays[name].tobytes().decode("utf-8")
+            except UnicodeDecodeError as error:
+                yield name, f"is not UTF-8 ({error.reason})"
+
+
+_SAMPLES = ("tail_ids", "tail_logp")
+
+
+def _value_findings(arrays: Arrays, vocab_size: int) -> Iterator[tuple[str, str]]:
+    """Ids inside the vocabulary, codes inside the scale, numbers finite, no positive log p."""
+    for name in ("tokens", "topk_ids", "tail_ids"):
+        if arrays[name].size and int(arrays[name].max()) >= vocab_size:
+            yield name, f"holds the id {int(arrays[name].max())}, vocabulary {vocab_size}"
+    if arrays["topk_p"].size and int(arrays["topk_p"].max()) > LEVELS:
+        yield "topk_p", f"holds the code {int(arrays['topk_p'].max())}, largest {LEVELS}"
+    for name in ("token_logp", "tail_logp_mass", "tail_logp"):
+        value = arrays[name]
+        # no tail at all is log 0; every other logarithm is finite
+        if name == "tail_logp_mass":
+            value = value[value != -np.inf]
+        if not np.isfinite(value.astype(np.float32)).all():
+            yield name, "holds NaN or an infinity"
+        elif value.size and value.max() > LOGP_TOLERANCE:
+            yield name, f"holds {float(value.max())}, a log-probability is at most 0"
+    for name in ("logits", "hidden", "last_hidden"):
+        if name in arrays and ((arrays[name] & 0x7F80) == 0x7F80).any():
+            yield name, "holds NaN or an infinity"
+
+
+def _supervised_rows(arrays: Arrays) -> NDArray[np.bool_]:
+    """[T] supervised tokens; the last one of a sequence never is, whatever follows in the part."""
+    rows = supervised(arrays["turn"])
+    rows[arrays["row_start"] + arrays["length"] - 1] = False
+    return rows
+
+
+def _unsupervised_findings(arrays: Arrays, rows: NDArray[np.bool_]) -> Iterator[tuple[str, str]]:
+    for name in ("kept", "token_logp", "tail_logp_mass", "tail_kept"):
+        surplus = int(np.count_nonzero(arrays[name][~rows]))
+        if surplus:
+            yield name, f"is not 0 at {surplus} unsupervised tokens"
+
+
+def _law_findings(arrays: Arrays, rows: NDArray[np.bool_]) -> Iterator[tuple[str, str]]:
+    """Each stored law must be one: distinct ids, mass 1, the emitted token's p consistent."""
+    num_tokens = len(rows)
+    owner = np.repeat(np.arange(num_tokens), arrays["kept"])
+    key = (owner.astype(np.uint64) << np.uint64(32)) | arrays["topk_ids"]
+    ordered = np.sort(key)
+    if (ordered[1:] == ordered[:-1]).any():
+        yield "topk_ids", "holds an id twice in one token"
+    sampled = np.repeat(np.arange(num_tokens, dtype=np.uint64), arrays["tail_kept"])
+    if np.isin((sampled << np.uint64(32)) | arrays["tail_ids"], ordered).any():
+        yield "tail_ids", "holds an id that its token keeps: a sample must come from the tail"
+    p, error = decode_p(arrays["topk_p"]).astype(np.float64), p_error(arrays["topk_p"])
+    mass = np.bincount(owner, p, minlength=num_tokens) + np.exp(arrays["tail_logp_mass"])
+    slack = np.bincount(owner, error, minlength=num_tokens) + MASS_TOLERANCE
+    off = rows & (np.abs(mass - 1) > slack)
+    if off.any():
+        at = int(off.argmax())
+        yield "topk_p", f"{int(off.sum())} laws do not sum to 1, token {at} to {mass[at]:.6f}"
+    empty = rows & (arrays["kept"] == 0) & (arrays["tail_kept"] == 0) & (arrays["token_logp"] == 0)
+    if empty.any():
+        yield "kept", f"{int(empty.sum())} supervised tokens hold no data"
+    yield from _emitted_findings(arrays, owner, p, error)
+
+
+def _emitted_findings(
+    arrays: Arrays, owner: NDArray[np.int64], p: NDArray[np.float64], error: NDArray[np.float64]
+) -> Iterator[tuple[str, str]]:
+    """Where x_{t+1} is among the kept ids, exp(token_logp) must lie in its code's cell."""
+    following = np.append(arrays["tokens"][1:], 0)  # an unsupervised last token owns no entry
+    hit = arrays["topk_ids"] == following[owner]
+    exact = np.exp(arrays["token_logp"].astype(np.float64))[owner[hit]]
+    wrong = int((np.abs(exact - p[hit]) > error[hit] + P_TOLERANCE).sum())
+    if wrong:
+        yield "token_logp", f"contradicts topk_p at {wrong} of {int(hit.sum())} tokens"

@@ -1,0 +1,277 @@
+"""Writes a cache part by part; what is there is whole (DESIGN §5).
+
+    for index, (start, stop) in enumerate(plan_parts(lengths, part_tokens=32768)):
+        entry = done_part(folder, index, layout) or write_part(folder, index, records, layout)
+    seal(folder, layout=layout, parts=entries, source=..., params=...)
+
+One worker owns whole parts. A part is written in a hidden folder, synced, and renamed; its commit
+log is the last thing written into it. The manifest is written last of all. zarr-python's default
+codec pipeline writes, whatever the caller configured: its bytes are the same on every run, and
+`zarrs` is neither atomic nor deterministic as a writer (reference/ecosystem.md §3.4).
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import BloscCodec, Crc32cCodec
+
+from storage.errors import CacheError
+from storage.layout import VERSION, Array, Layout, chunk_length
+from storage.manifest import (
+    ATTRIBUTE,
+    FORMAT,
+    GROUP,
+    MANIFEST,
+    MANIFEST_DIGEST,
+    FileEntry,
+    Manifest,
+    PartEntry,
+    file_entries,
+)
+from storage.record import Record, supervised
+from storage.workspace import digest, file_digest, sync, sync_folder
+
+WRITE = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
+# zstd 9 gains 1 % over 3 and takes three times as long (reference/ecosystem.md §3.1)
+ZSTD_LEVEL = 3
+
+
+def plan_parts(lengths: Sequence[int], *, part_tokens: int) -> list[tuple[int, int]]:
+    """Contiguous [start, stop) ranges of whole sequences of at most `part_tokens` tokens.
+
+    A sequence longer than `part_tokens` gets a part of its own. Fixed by lengths alone, before any
+    capture, so that neither workers nor restarts move a boundary.
+    """
+    if part_tokens < 1:
+        raise ValueError(f"part_tokens {part_tokens}; expected at least 1")
+    ranges: list[tuple[int, int]] = []
+    start, tokens = 0, 0
+    for index, length in enumerate(lengths):
+        if index > start and tokens + length > part_tokens:
+            ranges.append((start, index))
+            start, tokens = index, 0
+        tokens += length
+    if len(lengths) > start:
+        ranges.append((start, len(lengths)))
+    return ranges
+
+
+def part_name(index: int) -> str:
+    """Folder of a part."""
+    return f"part-{index:05d}"
+
+
+def write_part(folder: Path, index: int, records: Sequence[Record], layout: Layout) -> PartEntry:
+    """Write one part and commit it by rename; `CacheError` names a record that does not fit.
+
+    `OSError` (disk full, no permission) leaves nothing under the part's name.
+    """
+    if not records:
+        raise ValueError(f"part {index} without sequences")
+    for record in records:
+        record.check(layout)
+    name = part_name(index)
+    # a retried task may race its zombie, hence the process id; `seal` sweeps what a kill leaves
+    partial = folder / f".{name}.{os.getpid()}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        entry = _write_arrays(partial, name, records, layout)
+        sync(partial)
+        shutil.rmtree(folder / name, ignore_errors=True)
+        partial.rename(folder / name)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync_folder(folder)
+    return entry
+
+
+def done_part(folder: Path, index: int, layout: Layout) -> PartEntry | None:
+    """The part's entry where its commit log verifies byte for byte, else None: write it again."""
+    part = folder / part_name(index)
+    try:
+        content = (part / GROUP).read_bytes()
+        log = json.loads(content)["attributes"][ATTRIBUTE]
+        entry = PartEntry.from_dict(log)
+        if content != _group_bytes(_commit_log(entry, layout)) or entry.name != part.name:
+            return None  # of another layout, torn or edited
+        if file_entries(part, without=[GROUP]) != entry.files:
+            return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return PartEntry(
+        name=entry.name,
+        counts=entry.counts,
+        coverage=entry.coverage,
+        files={**entry.files, GROUP: FileEntry.of(part / GROUP)},
+    )
+
+
+def seal(
+    folder: Path,
+    *,
+    layout: Layout,
+    parts: Sequence[PartEntry],
+    source: Mapping[str, str],
+    params: Mapping[str, Any],
+    extra_files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Make the parts a cache: root group, extra files, then the manifest, last.
+
+    `CacheError` where a part is missing, out of order or not among `parts`.
+    """
+    for stale in (MANIFEST, MANIFEST_DIGEST):
+        (folder / stale).unlink(missing_ok=True)
+    for partial in folder.glob(".*.partial"):
+        shutil.rmtree(partial)
+    found = sorted(p.name for p in folder.glob("part-*"))
+    names = [part.name for part in parts]
+    if found != names or names != [part_name(index) for index in range(len(parts))]:
+        raise CacheError(
+            found=f"{folder} holds {len(found)} parts ({', '.join(found[:3])}, …)",
+            expected=f"the {len(parts)} parts that were planned, numbered from 0",
+            todo="remove the folder and run capture again",
+        )
+    root = {"format": FORMAT, "version": VERSION, "parts": names, "manifest": MANIFEST}
+    files = {GROUP: _group_bytes({ATTRIBUTE: root}), **(extra_files or {})}
+    for name, content in files.items():
+        _write_synced(folder / name, content)
+    manifest = Manifest(
+        layout=layout,
+        source=source,
+        params=params,
+        parts=tuple(parts),
+        files={name: FileEntry.of(folder / name) for name in sorted(files)},
+    )
+    content = manifest.encode()
+    sync_folder(folder)
+    _write_synced(folder / f".{MANIFEST}.partial", content)
+    line = f"{file_digest(folder / f'.{MANIFEST}.partial')}  {MANIFEST}\n"  # as sha256sum -c reads
+    _write_synced(folder / MANIFEST_DIGEST, line.encode("ascii"))
+    (folder / f".{MANIFEST}.partial").rename(folder / MANIFEST)
+    sync_folder(folder)
+
+
+def _write_arrays(folder: Path, name: str, records: Sequence[Record], layout: Layout) -> PartEntry:
+    """All arrays, then the group's metadata with the commit log in it."""
+    columns = _columns(records, layout)
+    with zarr.config.set(WRITE):
+        group = zarr.create_group(folder, zarr_format=3)
+        for array in layout.arrays():
+            _write_array(group, array, columns[array.name], layout)
+    log = PartEntry(
+        name=name,
+        counts=_counts(columns, records),
+        coverage=_coverage(columns, records, layout),
+        files=file_entries(folder, without=[GROUP]),
+    )
+    (folder / GROUP).write_bytes(_group_bytes(_commit_log(log, layout)))
+    files = {**log.files, GROUP: FileEntry.of(folder / GROUP)}
+    return PartEntry(name, log.counts, log.coverage, files)
+
+
+def _write_array(group: Any, array: Array, value: NDArray[Any], layout: Layout) -> None:
+    """One array as one shard: the whole array, rounded up to whole inner chunks."""
+    width = layout.width(array)
+    itemsize = value.dtype.itemsize
+    chunk = chunk_length(array, len(value), row_bytes=itemsize * math.prod(width))
+    shard = max(1, math.ceil(len(value) / chunk)) * chunk
+    created = group.create_array(
+        array.name,
+        shape=value.shape,
+        dtype=array.dtype,
+        chunks=(chunk, *width),
+        shards=(shard, *width),
+        fill_value=_fill(value.dtype),
+        compressors=[
+            BloscCodec(typesize=itemsize, cname="zstd", clevel=ZSTD_LEVEL, shuffle="bitshuffle"),
+            Crc32cCodec(),
+        ],
+        dimension_names=array.dims,
+        attributes={"encoding": array.encoding} if array.encoding else {},
+        config={"write_empty_chunks": True},
+    )
+    if value.size:
+        created[...] = value
+
+
+def _fill(dtype: np.dtype[Any]) -> float | int:
+    """A value that no sound array holds, so that a client that ignores absence shows it."""
+    return math.nan if dtype.kind == "f" else int(np.iinfo(dtype).max)
+
+
+def _columns(records: Sequence[Record], layout: Layout) -> dict[str, NDArray[Any]]:
+    """Every array of the part, sequences one after another."""
+    lengths = np.array([len(record.tokens) for record in records], dtype=np.int64)
+    columns: dict[str, NDArray[Any]] = {"row_start": lengths.cumsum() - lengths, "length": lengths}
+    for key in ("id", "domain"):
+        texts = [getattr(record, key).encode("utf-8") for record in records]
+        columns[key] = np.frombuffer(b"".join(texts), dtype=np.uint8)
+        columns[f"{key}_end"] = np.cumsum([len(text) for text in texts], dtype=np.int64)
+    for array in layout.arrays():
+        if array.name not in columns:
+            columns[array.name] = np.concatenate([getattr(r, array.name) for r in records])
+    return columns
+
+
+def _counts(columns: Mapping[str, NDArray[Any]], records: Sequence[Record]) -> dict[str, int]:
+    return {
+        "sequence": len(records),
+        "token": len(columns["tokens"]),
+        "row": sum(int(supervised(record.turn).sum()) for record in records),
+        "entry": len(columns["topk_ids"]),
+        "sample": len(columns["tail_ids"]),
+    }
+
+
+def _coverage(
+    columns: Mapping[str, NDArray[Any]], records: Sequence[Record], layout: Layout
+) -> dict[str, Any]:
+    """Sums over supervised rows; a `full` cache keeps all V and leaves no tail."""
+    rows = [supervised(record.turn) for record in records]
+    row = np.concatenate(rows)
+    full = layout.mode == "full"
+    tail_mass = np.exp(columns["tail_logp_mass"][row].astype(np.float64)) * (not full)
+    tail_kept = columns["tail_kept"][row]
+    domains: dict[str, dict[str, int]] = {}
+    for record, own in zip(records, rows, strict=True):
+        counts = domains.setdefault(record.domain, {"sequences": 0, "tokens": 0, "rows": 0})
+        counts["sequences"] += 1
+        counts["tokens"] += len(record.tokens)
+        counts["rows"] += int(own.sum())
+    return {
+        "kept": int(row.sum()) * layout.vocab_size if full else len(columns["topk_ids"]),
+        "tail_kept": len(columns["tail_ids"]),
+        "tail_mass": math.fsum(tail_mass),  # exactly rounded: no order of summation in the bytes
+        "bucket_mass": math.fsum(tail_mass[tail_kept == 0]),
+        "domains": domains,
+    }
+
+
+def _commit_log(entry: PartEntry, layout: Layout) -> dict[str, Any]:
+    """The attributes of a part's group; their own digest shows an edit that is still JSON."""
+    log = {"version": VERSION, "layout": layout.as_dict(), **entry.as_dict()}
+    return {ATTRIBUTE: {**log, "sha256": digest(log)}}
+
+
+def _group_bytes(attributes: Mapping[str, Any]) -> bytes:
+    """A zarr v3 group's metadata; ours to write, so that a part's log is its very last write."""
+    value = {"attributes": attributes, "node_type": "group", "zarr_format": 3}
+    text = json.dumps(value, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False)
+    return (text + "\n").encode("utf-8")
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
