@@ -1,0 +1,287 @@
+"""Pin a target: check its files, load it once, write `target.json` and the interface.
+
+Everything that can be refused without the weights is refused before they are loaded. Then a short
+pass compares what `pipeline.target` computes with the model's own logits and hidden states, so
+that no later stage has to trust a family's conventions.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pipeline.config import Strict
+from pipeline.embedded import EmbeddedConfig
+from pipeline.target import (
+    INTERFACE,
+    MODEL_FILES,
+    SPEC,
+    TOKENIZER_FILES,
+    DType,
+    Target,
+    TargetSpec,
+    WeightsFile,
+    body_of,
+    files_digest,
+    load_model,
+    load_tokenizer,
+    sample_digest,
+    snapshot,
+)
+from storage.errors import TargetError
+from storage.workspace import digest, file_digest, write_json
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+PROBE_TOKENS = 8
+# the same sums in the same order on the same device; what remains is a fused kernel's freedom
+PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class PretrainedConfig(Strict):
+    """Section `target` for a model that exists: a local folder or a hub id."""
+
+    kind: Literal["pretrained"]
+    model: Annotated[str, Field(min_length=1)]
+    revision: str | None
+    """Commit of a hub repository, 40 hex digits; null for a folder."""
+    dtype: DType
+    trust_remote_code: bool
+    threads: Annotated[int, Field(ge=1)]
+
+
+TargetConfig = Annotated[EmbeddedConfig | PretrainedConfig, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a target comes from and how it is to be read."""
+
+    kind: Literal["embedded", "pretrained"]
+    model: str
+    revision: str | None = None
+    dtype: DType = "float32"
+    sharpen: float = 1.0
+    trust_remote_code: bool = False
+
+
+def find_pretrained(config: PretrainedConfig) -> Path:
+    """The local files of a pretrained target; a hub repository is fetched at its commit."""
+    home = Path(config.model)
+    if home.is_dir():
+        if config.revision is not None:
+            raise TargetError(
+                found=f"target.revision {config.revision!r} for the local folder {home}",
+                expected="null, since a folder is pinned by the digest of its weights",
+                todo="set target.revision to null",
+            )
+        return home
+    if config.model.count("/") > 1 or config.model.startswith((".", "/", "~")):
+        raise TargetError(
+            found=f"no folder {config.model}",
+            expected="a folder of transformers, or a hub id such as org/name",
+            todo="correct target.model in params.yaml",
+        )
+    if config.revision is None or not COMMIT.fullmatch(config.revision):
+        raise TargetError(
+            found=f"target.revision {config.revision!r} for {config.model}, which is no folder",
+            expected="a commit of 40 hex digits, since a branch or a tag of the hub can move",
+            todo="copy the commit from the model's page on the hub, or name a local folder",
+        )
+    return snapshot(config.model, config.revision)
+
+
+def check_folder(home: Path, *, trust_remote_code: bool = False) -> None:
+    """`TargetError` unless the folder holds config, safetensors and a tokenizer that fits."""
+    if not (home / "config.json").is_file():
+        raise TargetError(
+            found=f"{home} has no config.json",
+            expected="a folder written by save_pretrained",
+            todo="correct target.model or complete the folder",
+        )
+    if not list(home.glob("*.safetensors")):
+        pickles = sorted(p.name for pattern in PICKLES for p in home.glob(pattern))
+        if pickles:
+            raise TargetError(
+                found=f"{home} has its weights as {pickles[0]}, a pickle, which can run code",
+                expected="weights in *.safetensors",
+                todo="convert them: load where you trust them and save_pretrained to a new folder",
+            )
+        raise TargetError(
+            found=f"{home} has no weights",
+            expected="one or more *.safetensors files beside config.json",
+            todo="complete the folder (git-lfs or the download may have left them out)",
+        )
+    if not any((home / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise TargetError(
+            found=f"{home} has no tokenizer",
+            expected="tokenizer.json beside config.json",
+            todo="save the tokenizer of this model to the folder",
+        )
+    _check_vocabulary(home, trust_remote_code=trust_remote_code)
+
+
+def _check_vocabulary(home: Path, *, trust_remote_code: bool) -> None:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            home, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        tokenizer = load_tokenizer(home, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        raise TargetError(
+            found=f"transformers cannot read {home}: {' '.join(str(error).split())[:200]}",
+            expected="a causal LM that this version of transformers knows",
+            todo="mend the folder, or set target.trust_remote_code where you trust its code",
+        ) from None
+    width = config.get_text_config().vocab_size
+    if len(tokenizer) > width:
+        raise TargetError(
+            found=f"the tokenizer in {home} has {len(tokenizer)} tokens",
+            expected=f"at most {width}, the rows of the model's embedding",
+            todo="use the tokenizer that belongs to this model",
+        )
+
+
+def pin(home: Path, out: Path, *, origin: Origin) -> TargetSpec:
+    """Check and load the model in `home`, and write `target.json` and the interface into `out`."""
+    check_folder(home, trust_remote_code=origin.trust_remote_code)
+    model = load_model(home, dtype=origin.dtype, trust_remote_code=origin.trust_remote_code)
+    tokenizer = load_tokenizer(home, trust_remote_code=origin.trust_remote_code)
+    spec = describe(model, tokenizer, home, origin=origin)
+    probe(Target(model=model, tokenizer=tokenizer, spec=spec))
+    write_interface(out, model)
+    write_json(out / SPEC, spec.model_dump())
+    return spec
+
+
+def describe(model: Any, tokenizer: Any, home: Path, *, origin: Origin) -> TargetSpec:
+    """The description of a loaded model; its fingerprint names content, never a place."""
+    text = model.config.get_text_config()
+    weights = tuple(
+        WeightsFile(
+            name=path.name,
+            bytes=path.stat().st_size,
+            sha256=file_digest(path),
+            sample_sha256=sample_digest(path),
+        )
+        for path in sorted(home.glob("*.safetensors"))
+    )
+    content: dict[str, Any] = {
+        "weights_sha256": digest({file.name: file.sha256 for file in weights}),
+        "tokenizer_sha256": files_digest(home, TOKENIZER_FILES),
+        "template_sha256": digest(getattr(tokenizer, "chat_template", None)),
+        "model_sha256": files_digest(home, MODEL_FILES),
+        "vocab_size": model.get_output_embeddings().weight.shape[0],
+        "dtype": origin.dtype,
+    }
+    return TargetSpec(
+        kind=origin.kind,
+        model=origin.model,
+        revision=origin.revision,
+        fingerprint=digest(content),
+        hidden_size=text.hidden_size,
+        num_layers=text.num_hidden_layers,
+        eos_ids=_eos_ids(model, tokenizer),
+        bos_id=tokenizer.bos_token_id,
+        context_tokens=text.max_position_embeddings,
+        sharpen=origin.sharpen,
+        trust_remote_code=origin.trust_remote_code,
+        weights=weights,
+        **content,
+    )
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """What ends a response: the generation config's ids, else the config's, else the tokenizer's.
+
+    Chat models end turns with an id of their own (Llama 3's <|eot_id|>) that only the generation
+    config lists.
+    """
+    generation = getattr(model, "generation_config", None)
+    for source in (generation, model.config.get_text_config(), tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return sorted({ids} if isinstance(ids, int) else set(ids))
+    return []
+
+
+@torch.no_grad()
+def probe(target: Target) -> None:
+    """`TargetError` unless our forward and head give the model's own logits and streams."""
+    spec = target.spec
+    count = min(PROBE_TOKENS, spec.vocab_size, spec.context_tokens)
+    tokens = torch.arange(count)[None] * (spec.vocab_size // count)
+    layers = range(spec.num_layers)
+    own = target.model(tokens, output_hidden_states=True, use_cache=False)
+    ours = target.forward(tokens, layers=layers)
+    assert ours.hidden is not None
+    tolerance = PROBE_TOLERANCE[spec.dtype]
+    pairs = {"logits": (target.logits(ours.last_hidden[0]), own.logits[0])}
+    pairs["last hidden state"] = (ours.last_hidden, own.hidden_states[-1])
+    for k in layers:
+        pairs[f"hidden state {k}"] = (ours.hidden[:, :, k], own.hidden_states[k])
+    for what, (here, there) in pairs.items():
+        if here.shape != there.shape or not _near(here, there, tolerance):
+            raise TargetError(
+                found=f"the {what} of {type(target.model).__name__} differs from what its "
+                "config's fields make of its LM head and layers",
+                expected="a head with logit_scale, logits_scaling or a soft cap at most",
+                todo="choose another target, or add this family's rule to pipeline/target.py",
+            )
+
+
+def _near(here: Tensor, there: Tensor, tolerance: float) -> bool:
+    scale = there.float().abs().max().clamp(min=1e-6)
+    return bool((here.float() - there.float()).abs().max() <= tolerance * scale)
+
+
+def write_interface(out: Path, model: Any) -> None:
+    """Embedding [V, D], LM head [V, D] and final norm [D] in the model's dtype, bit for bit.
+
+    A tied head is written twice: readers need not know. `TargetError` where the three do not have
+    these shapes, the head has a bias, or the norm is no RMS norm.
+    """
+    from safetensors.torch import save_file
+
+    norm, head = body_of(model).norm, model.get_output_embeddings()
+    embed = model.get_input_embeddings().weight.detach()
+    if embed.shape != head.weight.shape or getattr(head, "bias", None) is not None:
+        raise TargetError(
+            found=f"an embedding of {tuple(embed.shape)} and an LM head of "
+            f"{tuple(head.weight.shape)}{' with a bias' if head.bias is not None else ''}",
+            expected="two matrices of one shape and no bias, on which drafts are built",
+            todo="choose another target",
+        )
+    eps = float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
+    tensors = {"embed": embed, "lm_head": head.weight.detach(), "norm": norm.weight.detach()}
+    (out / INTERFACE).parent.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: tensor.clone().contiguous() for name, tensor in tensors.items()},
+        out / INTERFACE,
+        # one key: safetensors writes several in the random order of a hash map
+        metadata={"norm": json.dumps({"eps": eps, "offset": _norm_offset(norm, eps)})},
+    )
+
+
+def _norm_offset(norm: Any, eps: float) -> float:
+    """What the family adds to the stored weight (Gemma: 1), found by trying."""
+    x = torch.linspace(-2.0, 3.0, norm.weight.numel())[None]
+    unit = x * torch.rsqrt(x.square().mean() + eps)
+    weight = norm.weight.detach().float().cpu()
+    with torch.no_grad():
+        there = norm(x.to(norm.weight)).float().cpu()
+    for offset in (0.0, 1.0):
+        if _near(unit * (weight + offset), there, 2e-2):
+            return offset
+    raise TargetError(
+        found=f"a final norm of type {type(norm).__name__}",
+        expected="an RMS norm, weight or 1 + weight",
+        todo="choose another target",
+    )
