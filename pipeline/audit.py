@@ -1,0 +1,274 @@
+"""Does a cache say what its target says? Some of its sequences, replayed.
+
+Structure is `storage.verify`'s; here a wrong offset, a wrong template or a wrong target shows. The
+replay is written apart from capture's: one sequence at a time, float64 softmax, no truncation.
+
+Dims: T tokens, R supervised rows of a sequence, V vocabulary, E kept entries, M tail samples,
+L layers, D width.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+
+from pipeline.cluster import Cluster
+from pipeline.config import Strict
+from pipeline.seeds import rng
+from pipeline.target import Target, resident_target
+from storage.codecs import decode_p, from_bf16_bits
+from storage.errors import CacheError
+from storage.reader import Cache
+from storage.record import Record, supervised
+from storage.tables import SEQUENCES, read_table
+
+# Rows of logits looked at together: 32 MB in float64.
+CHUNK_ELEMENTS = 1 << 22
+# A unit of a few hundred sequences outweighs the start of a worker process and its target.
+UNIT_SEQUENCES = 256
+# float16 keeps 11 bits, so a tail sample's log p errs by up to this share of itself
+HALF_STEP = 2.0**-11
+
+
+class VerifyConfig(Strict):
+    """Section `verify`."""
+
+    sequences: Annotated[int, Field(ge=1)]
+    max_logp_error: Annotated[float, Field(gt=0)]
+    max_tv: Annotated[float, Field(gt=0, le=1)]
+    max_hidden_error: Annotated[float, Field(gt=0)]
+    seed: Annotated[int, Field(ge=0)]
+    threads: Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all units of a replay share."""
+
+    folder: Path
+    """Of the target."""
+    fingerprint: str
+    device: str
+    config: VerifyConfig
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sequence to replay."""
+
+    cache: Path
+    sequences: Path
+    split: str
+    index: int
+
+
+Errors = dict[str, float]
+"""The largest error of each kind."""
+Positions = dict[str, NDArray[np.float64]]
+"""Errors of each kind at every token of a sequence, [T]."""
+
+WORDS = {
+    "hidden": "a relative error of hidden",
+    "last_hidden": "a relative error of last_hidden",
+    "token_logp": "an error of token_logp",
+    "tail_logp_mass": "an error of tail_logp_mass",
+    "tail_logp": "an error of tail_logp",
+    "tv": "a distance to the stored law",
+    "kept_set": "a number of ids wrongly kept, left out or sampled",
+}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What was to be kept, and how far an id's log p may lie beyond it, in nats of rounding."""
+
+    min_prob: float
+    max_kept: int
+    slack: float
+
+
+@dataclass(frozen=True)
+class _Row:
+    """The stored law of one token."""
+
+    ids: NDArray[np.uint32]
+    p: NDArray[np.float32]
+    tail_logp_mass: float
+    tail_ids: NDArray[np.uint32]
+    tail_logp: NDArray[np.float64]
+
+
+def choose(
+    caches: Mapping[str, Path], sequences: Mapping[str, Path], config: VerifyConfig
+) -> list[list[Sample]]:
+    """`verify.sequences` of each split, drawn without repeats, as units of work."""
+    samples = []
+    for split, path in caches.items():
+        order = rng(config.seed, "verify", split).permutation(Cache.open(path).num_sequences)
+        samples += [
+            Sample(path.absolute(), sequences[split].absolute(), split, int(index))
+            for index in sorted(order[: config.sequences])
+        ]
+    starts = range(0, len(samples), UNIT_SEQUENCES)
+    return [samples[a : a + UNIT_SEQUENCES] for a in starts]
+
+
+def replay_all(units: Sequence[Sequence[Sample]], job: Job, cluster: Cluster) -> dict[str, Errors]:
+    """The largest error of each kind by split; `CacheError` names the first one too large."""
+    worst: dict[str, Errors] = defaultdict(dict)
+    results = cluster.map(partial(replay_unit, job), units)
+    for unit, errors in zip(units, results, strict=True):
+        for sample, found in zip(unit, errors, strict=True):
+            known = worst[sample.split]
+            known.update({kind: max(x, known.get(kind, 0.0)) for kind, x in found.items()})
+    return dict(worst)
+
+
+def replay_unit(job: Job, unit: Sequence[Sample]) -> list[Errors]:
+    """Replay some sequences through the target and compare each with its record."""
+    target = resident_target(job.folder, device=job.device, fingerprint=job.fingerprint)
+    return [_replay_one(target, job.config, sample) for sample in unit]
+
+
+def _replay_one(target: Target, config: VerifyConfig, sample: Sample) -> Errors:
+    cache, row = _opened(sample.cache), _table(sample.sequences)[sample.index]
+    record = cache.records([sample.index])[0]
+    where = f"{sample.split} cache, sequence {record.id!r}"
+    if [record.id, record.tokens.tolist(), record.turn.tolist()] != [
+        row[key] for key in ("id", "tokens", "turn")
+    ]:
+        raise _mismatch(
+            f"{where} has another id, tokens or turns than row {sample.index} of "
+            f"{sample.sequences.name}"
+        )
+    limits = {
+        **dict.fromkeys(("hidden", "last_hidden"), config.max_hidden_error),
+        **dict.fromkeys(("token_logp", "tail_logp_mass", "tail_logp"), config.max_logp_error),
+        "tv": config.max_tv,
+        "kept_set": 0.0,
+    }
+    errors = replay(
+        target,
+        record,
+        hidden_layers=cache.layout.hidden_layers,
+        bar=Bar(
+            min_prob=cache.manifest.params["min_prob"],
+            max_kept=cache.manifest.params["max_kept"],
+            slack=config.max_logp_error,
+        ),
+    )
+    for kind, error_T in errors.items():
+        position = int(error_T.argmax())  # of NaN where there is one, which is not within any limit
+        if not error_T[position] <= limits[kind]:
+            raise _mismatch(
+                f"{where}, position {position} has {WORDS[kind]} of {error_T[position]:.3g}",
+                limit=f"at most {limits[kind]:.3g}, as the section verify says",
+            )
+    return {kind: float(error_T.max()) for kind, error_T in errors.items()}
+
+
+@torch.no_grad()
+def replay(target: Target, record: Record, *, hidden_layers: Sequence[int], bar: Bar) -> Positions:
+    """How far a record is from what the target says, by kind, at every token."""
+    tokens = torch.from_numpy(record.tokens.astype(np.int64)).to(target.device)
+    features = target.forward(tokens[None], layers=hidden_layers)
+    errors: Positions = {}
+    for kind, x in (("hidden", features.hidden), ("last_hidden", features.last_hidden[:, :, None])):
+        stored = getattr(record, kind)
+        if stored is not None and x is not None:
+            errors[kind] = _relative(from_bf16_bits(stored), x[0].double().cpu().numpy())
+    position_R = supervised(record.turn).nonzero()[0]
+    entry = np.concatenate([[0], record.kept.cumsum(dtype=np.int64)])
+    draw = np.concatenate([[0], record.tail_kept.cumsum(dtype=np.int64)])
+    size = max(1, CHUNK_ELEMENTS // target.spec.vocab_size)
+    for first in range(0, len(position_R), size):
+        at = position_R[first : first + size]
+        logits_CV = target.logits(features.last_hidden[0, torch.from_numpy(at)])
+        logp_CV = torch.log_softmax(logits_CV.double(), -1).cpu().numpy()
+        found = {"token_logp": np.abs(_at(logp_CV, record.tokens[at + 1]) - record.token_logp[at])}
+        if record.logits is not None:
+            stored_CV = from_bf16_bits(record.logits[first : first + size])
+            found["tv"] = 0.5 * np.abs(np.exp(stored_CV) - np.exp(logp_CV)).sum(-1)
+        else:
+            rows = [
+                _row_errors(
+                    logp_V,
+                    _Row(
+                        ids=record.topk_ids[entry[t] : entry[t + 1]],
+                        p=decode_p(record.topk_p[entry[t] : entry[t + 1]]),
+                        tail_logp_mass=float(record.tail_logp_mass[t]),
+                        tail_ids=record.tail_ids[draw[t] : draw[t + 1]],
+                        tail_logp=record.tail_logp[draw[t] : draw[t + 1]].astype(np.float64),
+                    ),
+                    bar,
+                )
+                for logp_V, t in zip(logp_CV, at, strict=True)
+            ]
+            found.update({kind: np.array([row[kind] for row in rows]) for kind in rows[0]})
+        for kind, error_C in found.items():
+            errors.setdefault(kind, np.zeros(len(record.tokens)))[at] = error_C
+    return errors
+
+
+def _row_errors(logp_V: NDArray[np.float64], row: _Row, bar: Bar) -> dict[str, float]:
+    """Errors of one stored row against the exact law."""
+    tail_V = logp_V.copy()
+    tail_V[row.ids] = -np.inf
+    with np.errstate(divide="ignore"):
+        threshold = float(np.log(bar.min_prob))
+        tail_logp_mass = float(np.log(np.exp(tail_V).sum()))
+    wrong = int((logp_V[row.ids] < threshold - bar.slack).sum())
+    if len(row.ids) >= bar.max_kept:  # the cap bound: what was left out is no likelier
+        threshold = max(threshold, float(logp_V[row.ids].min()))
+    wrong += int((tail_V > threshold + bar.slack).sum())
+    wrong += int(np.isneginf(tail_V[row.tail_ids]).sum())
+    exact_M = logp_V[row.tail_ids]
+    off_M = np.abs(row.tail_logp - exact_M) - HALF_STEP * np.abs(exact_M)
+    both_empty = np.isneginf(tail_logp_mass) and np.isneginf(row.tail_logp_mass)
+    return {
+        "tv": 0.5 * float(np.abs(row.p - np.exp(logp_V[row.ids])).sum()),
+        "tail_logp_mass": 0.0 if both_empty else abs(tail_logp_mass - row.tail_logp_mass),
+        "tail_logp": float(off_M.max(initial=0.0)),
+        "kept_set": float(wrong),
+    }
+
+
+def _at(logp_CV: NDArray[np.float64], id_C: NDArray[np.uint32]) -> NDArray[np.float64]:
+    return logp_CV[np.arange(len(id_C)), id_C]
+
+
+def _relative(stored: NDArray[np.float32], exact: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[T] the largest error of each row and layer over that row's largest value."""
+    stored_TLD = stored.reshape(exact.shape)
+    scale_TL = np.maximum(np.abs(exact).max(-1), np.finfo(np.float32).tiny)
+    error_T: NDArray[np.float64] = (np.abs(stored_TLD - exact).max(-1) / scale_TL).max(-1)
+    return error_T
+
+
+@lru_cache(maxsize=8)
+def _opened(path: Path) -> Cache:
+    return Cache.open(path)
+
+
+@lru_cache(maxsize=8)
+def _table(path: Path) -> list[dict[str, Any]]:
+    return read_table(path, SEQUENCES)
+
+
+def _mismatch(
+    found: str, *, limit: str = "the sequence that the cache was made from"
+) -> CacheError:
+    return CacheError(
+        found=found,
+        expected=limit,
+        todo="check that target, tokenizer and sequences are those of the capture, then remove the "
+        "cache and run dvc repro capture; where only rounding differs (another device or package "
+        "version), raise the limit in the section verify",
+    )

@@ -1,0 +1,271 @@
+"""Sequences -> records of the cache: one teacher-forced pass of the target.
+
+    law   = law_of(rows, spec, path=...)                      # checks all, before a model loads
+    parts = plan(rows, ...)
+    done  = cluster.map(partial(capture_part, job), parts)    # a worker owns and writes whole parts
+
+A part is the unit of work: its batches are composed from its own sequences, so that neither workers
+nor restarts change a bit. The pass itself is `pipeline.teacher`; knows no draft. Source: DESIGN §5.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+from tqdm import tqdm
+
+from pipeline.cluster import Cluster
+from pipeline.config import Strict
+from pipeline.target import TargetSpec, check_layers, resident_target
+from pipeline.teacher import Pass, Stats
+from pipeline.topk import Rule
+from storage.errors import DataError
+from storage.layout import VERSION, Layout
+from storage.manifest import PartEntry, read_manifest
+from storage.tables import SEQUENCES, read_table
+from storage.workspace import digest, read_json, write_json
+from storage.writer import done_part, plan_parts, seal, write_part
+
+MAX_KEPT = 2**16 - 1  # `kept` is a uint16
+MAX_SAMPLES = 2**8 - 1  # `tail_kept` is a uint8
+
+
+class CaptureConfig(Strict):
+    """Section `capture`."""
+
+    mode: Literal["topk", "full"]
+    min_prob: Annotated[float, Field(ge=0, lt=1)]
+    max_kept: Annotated[int, Field(ge=1, le=MAX_KEPT)]
+    tail_samples: Annotated[int, Field(ge=0, le=MAX_SAMPLES)]
+    tail_full_mass: Annotated[float, Field(gt=0, le=1)]
+    tail_min_mass: Annotated[float, Field(ge=0, lt=1)]
+    hidden_layers: list[Annotated[int, Field(ge=0)]]
+    last_hidden: bool
+    part_tokens: Annotated[int, Field(ge=1)]
+    batch_tokens: Annotated[int, Field(ge=1)]
+    seed: Annotated[int, Field(ge=0)]
+    threads: Annotated[int, Field(ge=1)]
+
+    @field_validator("hidden_layers")
+    @classmethod
+    def _once_each(cls, layers: list[int]) -> list[int]:
+        if len(set(layers)) < len(layers):
+            raise ValueError("layer ids must differ from each other")
+        return layers
+
+    def rule(self) -> Rule:
+        """What `pipeline.topk` keeps of a row."""
+        return Rule(
+            min_prob=self.min_prob,
+            max_kept=self.max_kept,
+            tail_samples=self.tail_samples,
+            tail_full_mass=self.tail_full_mass,
+            tail_min_mass=self.tail_min_mass,
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all parts of a run share; small and picklable."""
+
+    folder: Path
+    """Of the target."""
+    fingerprint: str
+    """Of the target."""
+    device: str
+    config: CaptureConfig
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of one cache: a run of whole sequences."""
+
+    sequences: Path
+    sequences_digest: str
+    cache: Path
+    """The cache's folder in scratch."""
+    stats: Path
+    """Where the part's counts go, beside the cache in scratch."""
+    index: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """A part that lies verified in scratch."""
+
+    entry: PartEntry
+    stats: Stats
+
+
+def fingerprint_of(spec: TargetSpec, config: CaptureConfig, sequences: Mapping[str, str]) -> str:
+    """What names a cache: the target, the sequences, the section, the format's version."""
+    return digest(
+        {
+            "target": spec.fingerprint,
+            "sequences": dict(sequences),
+            "params": config.model_dump(),
+            "format": VERSION,
+        }
+    )
+
+
+def layout_of(spec: TargetSpec, config: CaptureConfig) -> Layout:
+    """The arrays to write; `TargetError` for a layer that is not the input of one of the target."""
+    check_layers(config.hidden_layers, spec.num_layers)
+    return Layout(
+        mode=config.mode,
+        vocab_size=spec.vocab_size,
+        hidden_size=spec.hidden_size,
+        hidden_layers=tuple(config.hidden_layers),
+        last_hidden=config.last_hidden,
+    )
+
+
+def law_of(rows: Sequence[dict[str, Any]], spec: TargetSpec, *, path: Path) -> str:
+    """The law that all sequences of a file are samples of.
+
+    `DataError` where there is none, where they mix laws, and where one is longer than the target's
+    context, holds an id outside its vocabulary, or no token at all.
+    """
+    rerun = "run dvc repro generate, or correct the sequences"
+    laws = sorted({row["law"] for row in rows})
+    if len(laws) != 1:
+        raise DataError(
+            found=f"{path} has sequences of {' and '.join(laws) or 'no law: it is empty'}",
+            expected="at least one sequence, all of one law",
+            todo=rerun,
+        )
+    for row in rows:
+        tokens = row["tokens"]
+        problem = ""
+        if not 0 < len(tokens) == len(row["turn"]):
+            problem = f"has {len(tokens)} tokens and {len(row['turn'])} turns"
+        elif len(tokens) > spec.context_tokens:
+            problem = f"has {len(tokens)} tokens"
+        elif max(tokens) >= spec.vocab_size:
+            problem = f"holds the token id {max(tokens)}"
+        if problem:
+            raise DataError(
+                found=f"{path}: sequence {row['id']!r} {problem}",
+                expected=f"1 to {spec.context_tokens} tokens with a turn each, ids below "
+                f"{spec.vocab_size}",
+                todo=rerun,
+            )
+    return str(laws[0])
+
+
+def plan(
+    rows: Sequence[dict[str, Any]],
+    *,
+    sequences: Path,
+    sequences_digest: str,
+    cache: Path,
+    part_tokens: int,
+) -> list[Part]:
+    """The parts of a cache; their boundaries depend on lengths and parameters alone."""
+    stats = cache.with_name(f"{cache.name}.stats")
+    ranges = plan_parts([len(row["tokens"]) for row in rows], part_tokens=part_tokens)
+    return [
+        Part(
+            sequences=sequences.absolute(),
+            sequences_digest=sequences_digest,
+            cache=cache.absolute(),
+            stats=(stats / f"{index:05d}.json").absolute(),
+            index=index,
+            start=start,
+            stop=stop,
+        )
+        for index, (start, stop) in enumerate(ranges)
+    ]
+
+
+def capture_part(job: Job, part: Part) -> Done:
+    """Capture and write one part, unless an earlier run left it whole."""
+    entry = done_part(part.cache, part.index, job.layout) if part.stats.is_file() else None
+    if entry is None:
+        target = resident_target(job.folder, device=job.device, fingerprint=job.fingerprint)
+        rows = _table(part.sequences, part.sequences_digest)[part.start : part.stop]
+        teacher = Pass(
+            target,
+            job.layout,
+            rule=job.config.rule(),
+            batch_tokens=job.config.batch_tokens,
+            seed=job.config.seed,
+        )
+        records = teacher.records(rows)
+        # before the part, so that a part that is there has them
+        write_json(part.stats, asdict(teacher.stats()))
+        entry = write_part(part.cache, part.index, records, job.layout)
+    return Done(entry, Stats(**read_json(part.stats)))
+
+
+@lru_cache(maxsize=1)
+def _table(path: Path, _digest: str) -> list[dict[str, Any]]:
+    """A split's sequences, kept between the parts that this process captures."""
+    return read_table(path, SEQUENCES)
+
+
+def capture_all(
+    parts: Mapping[str, Sequence[Part]], job: Job, cluster: Cluster
+) -> dict[str, list[Done]]:
+    """Capture every part of every split, in the order of the parts."""
+    units = [(split, part) for split, some in parts.items() for part in some]
+    results = cluster.map(partial(capture_part, job), [part for _, part in units])
+    done: dict[str, list[Done]] = {split: [] for split in parts}
+    progress = tqdm(units, desc="capture", unit="part", disable=None)
+    for (split, _), result in zip(progress, results, strict=True):
+        done[split].append(result)
+    return done
+
+
+def seal_cache(
+    cache: Path,
+    done: Sequence[Done],
+    *,
+    job: Job,
+    source: Mapping[str, str],
+    tokenizer: Path,
+) -> dict[str, Any]:
+    """Make the parts a cache that carries its tokenizer; returns its metrics."""
+    extra = {tokenizer.name: tokenizer.read_bytes()} if tokenizer.is_file() else {}
+    seal(
+        cache,
+        layout=job.layout,
+        parts=[part.entry for part in done],
+        source=source,
+        params=job.config.model_dump(),
+        extra_files=extra,
+    )
+    manifest = read_manifest(cache)
+    tokens, rows = manifest.counts["token"], manifest.counts["row"]
+    coverage = manifest.coverage
+    return {
+        "sequences": manifest.counts["sequence"],
+        "tokens": tokens,
+        "rows": rows,
+        "bytes": sum(manifest.array_bytes.values()),
+        "bytes_per_token": {k: round(v / tokens, 4) for k, v in manifest.array_bytes.items()},
+        "mean_kept": round(coverage["mean_kept"], 6),
+        "coverage": round(1.0 - coverage["mean_tail_mass"], 9),
+        "mean_tail_mass": round(coverage["mean_tail_mass"], 9),
+        "mean_tail_samples": round(coverage["mean_tail_samples"], 6),
+        "mean_entropy": round(sum(part.stats.entropy for part in done) / max(1, rows), 6),
+    }
+
+
+def times(done: Mapping[str, Sequence[Done]], *, wall_s: float) -> dict[str, float]:
+    """Seconds on the wall, of all workers together, and of the target alone; tokens/s a worker."""
+    stats = [part.stats for some in done.values() for part in some]
+    worked_s = sum(part.seconds for part in stats)
+    return {
+        "seconds": round(wall_s, 3),
+        "worker_seconds": round(worked_s, 3),  # of earlier, interrupted runs too
+        "target_seconds": round(sum(part.target_seconds for part in stats), 3),
+        "tokens_per_s": round(sum(part.tokens for part in stats) / max(worked_s, 1e-9), 1),
+    }

@@ -1,0 +1,82 @@
+"""Sequences -> the cache: the target's law and features at every token, in one pass."""
+
+import time
+from pathlib import Path
+
+from pipeline.capture import (
+    CaptureConfig,
+    Job,
+    capture_all,
+    fingerprint_of,
+    law_of,
+    layout_of,
+    plan,
+    seal_cache,
+    times,
+)
+from pipeline.cluster import ClusterConfig, device, open_cluster
+from pipeline.config import load
+from pipeline.provenance import run
+from pipeline.target import home_of, read_spec
+from storage.tables import SEQUENCES, read_table
+from storage.workspace import Workspace, file_digest, write_json
+
+TARGET, SEQUENCES_FOLDER = Path("target"), Path("sequences")
+CACHES = {split: Path(f"cache/{split}.zarr") for split in ("train", "heldout", "greedy")}
+METRICS, TIMINGS = Path("metrics/capture.json"), Path("timings/capture.json")
+
+
+def main() -> None:
+    """Check the sequences, plan the parts, capture them, seal three caches."""
+    config: CaptureConfig = load("capture", CaptureConfig)
+    cluster: ClusterConfig = load("cluster", ClusterConfig)
+    spec = read_spec(TARGET)
+    layout = layout_of(spec, config)
+    files = {split: SEQUENCES_FOLDER / f"{split}.parquet" for split in CACHES}
+    tables = {split: read_table(path, SEQUENCES) for split, path in files.items()}
+    laws = {split: law_of(tables[split], spec, path=path) for split, path in files.items()}
+    digests = {split: file_digest(path) for split, path in files.items()}
+    fingerprint = fingerprint_of(spec, config, digests)
+    outs = [*CACHES.values(), METRICS, TIMINGS]
+    with Workspace("capture", fingerprint, outs=outs) as workspace:
+        if workspace.complete():
+            print("capture: the caches are complete, of these parameters and inputs.")
+            return
+        parts = {
+            split: plan(
+                table,
+                sequences=files[split],
+                sequences_digest=digests[split],
+                cache=workspace.path(CACHES[split]),
+                part_tokens=config.part_tokens,
+            )
+            for split, table in tables.items()
+        }
+        job = Job(TARGET.absolute(), spec.fingerprint, device(cluster), config, layout)
+        started = time.perf_counter()
+        with open_cluster(cluster, threads=config.threads) as workers:
+            done = capture_all(parts, job, workers)
+        wall_s = time.perf_counter() - started
+        metrics = {
+            split: seal_cache(
+                workspace.path(CACHES[split]),
+                done[split],
+                job=job,
+                source={
+                    "target": spec.fingerprint,
+                    "sequences": digests[split],
+                    "split": split,
+                    "law": laws[split],
+                    "capture": fingerprint,
+                },
+                tokenizer=home_of(spec, TARGET) / "tokenizer.json",
+            )
+            for split in CACHES
+        }
+        write_json(workspace.path(METRICS), metrics)
+        write_json(workspace.path(TIMINGS), times(done, wall_s=wall_s))
+        workspace.publish()
+
+
+if __name__ == "__main__":
+    run("capture", main)

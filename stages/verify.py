@@ -1,0 +1,71 @@
+"""The cache -> a report on it: intact, what the target says, and how much it covers."""
+
+from pathlib import Path
+
+from pipeline.audit import Job, VerifyConfig, choose, replay_all
+from pipeline.cluster import ClusterConfig, device, open_cluster
+from pipeline.config import load
+from pipeline.coverage import coverage
+from pipeline.provenance import run
+from pipeline.target import read_spec
+from storage.errors import CacheError
+from storage.reader import Cache
+from storage.verify import check_cache
+from storage.workspace import Workspace, digest, file_digest, write_json
+
+TARGET = Path("target")
+SPLITS = ("train", "heldout", "greedy")
+CACHES = {split: Path(f"cache/{split}.zarr") for split in SPLITS}
+SEQUENCES = {split: Path(f"sequences/{split}.parquet") for split in SPLITS}
+OUT = Path("cache-report")
+
+
+def main() -> None:
+    """Check the structure, replay a sample, count the coverage."""
+    config: VerifyConfig = load("verify", VerifyConfig)
+    cluster: ClusterConfig = load("cluster", ClusterConfig)
+    spec = read_spec(TARGET)
+    caches = {split: _open(split, spec.fingerprint) for split in SPLITS}
+    sources = {split: cache.source for split, cache in caches.items()}
+    fingerprint = digest({"params": config.model_dump(), "caches": sources})
+    with Workspace("verify", fingerprint, outs=[OUT]) as workspace:
+        units = choose(CACHES, SEQUENCES, config)
+        job = Job(TARGET.absolute(), spec.fingerprint, device(cluster), config)
+        # a process for a unit, at the most: they cost seconds to start
+        workers = min(cluster.workers, len(units))
+        cluster = cluster.model_copy(update={"workers": workers})
+        with open_cluster(cluster, threads=config.threads) as opened:
+            errors = replay_all(units, job, opened)
+        splits = {
+            split: {**coverage(cache), "replay_max_error": errors[split]}
+            for split, cache in caches.items()
+        }
+        report = {
+            "splits": splits,
+            "replayed_sequences_per_split": config.sequences,
+            "source": sources,
+            "findings": [],
+        }
+        write_json(workspace.path(OUT) / "report.json", report)
+        workspace.publish()
+
+
+def _open(split: str, target: str) -> Cache:
+    """A cache whose every file and array is sound; `CacheError` names the first thing that is not.
+
+    Made from this target and from these sequences, or it is a `FingerprintMismatch`.
+    """
+    findings = check_cache(CACHES[split])
+    if findings:
+        more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
+        raise CacheError(
+            found=f"{CACHES[split]}: {findings[0]}{more}",
+            expected="a cache as capture wrote it",
+            todo=f"remove {CACHES[split]} and run dvc repro, which captures it anew",
+        )
+    expect = {"target": target, "sequences": file_digest(SEQUENCES[split])}
+    return Cache.open(CACHES[split], expect=expect)
+
+
+if __name__ == "__main__":
+    run("verify", main)
