@@ -34,6 +34,15 @@ class SparseLaw:
     """[E] float32: 1 for a kept id, r / (M p) for a tail sample."""
     bucket: Tensor
     """[R] float32 tail mass that no sample stands for."""
+    kept: Tensor | None = None
+    """[R] int64: how many of a row's entries, the first ones, are kept ids; the rest are samples.
+
+    Only `pipeline.bounds` asks: a sample proves nothing.
+    """
+    tail: Tensor | None = None
+    """[R] float32 exact mass of the ids that are not kept, whatever p's rounding."""
+    p_step: float = 0.0
+    """Width in sqrt(p) of the cells that kept p were rounded to the middle of; 0: not rounded."""
 
     @property
     def num_rows(self) -> int:
@@ -58,6 +67,9 @@ class SparseLaw:
             p=self.p[entry],
             weight=self.weight[entry],
             bucket=self.bucket[rows_N],
+            kept=None if self.kept is None else self.kept[rows_N],
+            tail=None if self.tail is None else self.tail[rows_N],
+            p_step=self.p_step,
         )
 
 

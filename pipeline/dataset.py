@@ -1,0 +1,210 @@
+"""Records of the cache -> batches of tensors: padding, laws, the order of training.
+
+Decodes the stored numbers (DESIGN §5) into what MATHS (5)-(6) sums over: a kept id has weight 1, a
+tail sample r / (M p), a row without samples a bucket of mass r. The order of batches depends on the
+seed and the cache alone, so that every loss of a draft and seed sees the same ones.
+
+Dims: B sequences, T tokens (padded), R law rows, E entries, L captured layers, D target width.
+Knows no draft: what one needs arrives as `Needs`.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import count, islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.batch import Batch
+from pipeline.draft import Needs
+from pipeline.law import DenseLaw, Law, SparseLaw
+from pipeline.seeds import rng
+from storage.codecs import LEVELS, decode_p
+from storage.errors import DraftError
+from storage.layout import Layout
+from storage.reader import Cache
+from storage.record import Record, supervised
+
+TOKEN_ARRAYS = ("tokens", "turn", "token_logp")
+SPARSE_ARRAYS = ("kept", "topk_ids", "topk_p", "tail_logp_mass")
+SAMPLE_ARRAYS = ("tail_kept", "tail_ids", "tail_logp")
+
+
+def require(layout: Layout, needs: Needs) -> None:
+    """`DraftError` where a cache lacks what a draft reads; asked before anything is loaded."""
+    stored = len(layout.hidden_layers)
+    if needs.num_layers and stored != needs.num_layers:
+        raise DraftError(
+            found=f"a cache with {stored} captured layers",
+            expected=f"the {needs.num_layers} that this draft reads",
+            todo=f"give capture.hidden_layers {needs.num_layers} layer ids in params.yaml and run "
+            "dvc repro, which reruns capture",
+        )
+    if needs.last_hidden and not layout.last_hidden:
+        raise DraftError(
+            found="a cache without last_hidden",
+            expected="the target's last hidden state, which this draft reads",
+            todo="set capture.last_hidden: true in params.yaml and run dvc repro, which reruns "
+            "capture",
+        )
+
+
+def arrays(layout: Layout, needs: Needs) -> set[str]:
+    """The arrays of a cache that a draft's training reads; the others stay on disk."""
+    law = ("logits",) if layout.mode == "full" else (*SPARSE_ARRAYS, *SAMPLE_ARRAYS)
+    hidden = ("hidden",) if needs.num_layers else ()
+    last = ("last_hidden",) if needs.last_hidden else ()
+    return {*TOKEN_ARRAYS, *law, *hidden, *last}
+
+
+def training_batches(
+    cache: Cache,
+    *,
+    seed: int,
+    batch_sequences: int,
+    steps: int,
+    needs: Needs,
+    stage: str = "train",
+    device: str = "cpu",
+) -> Iterator[Batch]:
+    """`steps` batches of `batch_sequences` sequences, epoch after epoch, each in its own order.
+
+    What is left of an epoch opens the first batch of the next one: nothing is dropped. The order
+    comes from `seed` and `stage`, so that training does not repeat the warm-up's; `DraftError`
+    where the cache lacks what the draft needs or holds nothing.
+    """
+    require(cache.layout, needs)
+    if not cache.num_sequences:
+        raise DraftError(
+            found="a cache without sequences",
+            expected="at least one to train from",
+            todo="check prepare and generate, then run dvc repro",
+        )
+    records = _endless(cache, (seed, stage), arrays(cache.layout, needs))
+    for _ in range(steps):
+        yield collate(list(islice(records, batch_sequences)), cache.layout, device=device)
+
+
+def _endless(cache: Cache, key: tuple[int, str], names: set[str]) -> Iterator[Record]:
+    seed, stage = key
+    for number in count():
+        epoch_seed = int(rng(seed, stage, "epoch", number).integers(2**31))
+        yield from cache.epoch(epoch_seed, arrays=names)
+
+
+def heldout_batches(
+    cache: Cache, *, batch_sequences: int, sequences: int, needs: Needs, device: str = "cpu"
+) -> list[Batch]:
+    """Fixed batches of `sequences` records spread evenly over a cache, for early evaluation."""
+    require(cache.layout, needs)
+    num = min(sequences, cache.num_sequences)
+    chosen = [i * cache.num_sequences // num for i in range(num)]
+    records = cache.records(chosen, arrays=arrays(cache.layout, needs))
+    groups = [records[a : a + batch_sequences] for a in range(0, num, batch_sequences)]
+    return [collate(group, cache.layout, device=device) for group in groups]
+
+
+def supervised_counts(cache: Cache) -> Tensor:
+    """[V] int64: how often each token is one that a draft is to predict."""
+    counts = np.zeros(cache.layout.vocab_size, dtype=np.int64)
+    for record in cache.records(range(cache.num_sequences), arrays={"tokens", "turn"}):
+        following = record.tokens[1:][supervised(record.turn)[:-1]]
+        counts += np.bincount(following, minlength=len(counts))
+    return torch.from_numpy(counts)
+
+
+def collate(records: Sequence[Record], layout: Layout, *, device: str = "cpu") -> Batch:
+    """Pad records to one batch; features that the records do not hold are None."""
+    longest = max(len(r.tokens) for r in records)
+    shape = (len(records), longest)
+    rows = np.zeros(shape, dtype=np.bool_)
+    for b, record in enumerate(records):
+        rows[b, : len(record.turn)] = supervised(record.turn)
+    law_row = np.where(rows, rows.cumsum().reshape(shape) - 1, -1)
+    law = _law(records, layout, device)
+    assert law is None or law.num_rows == rows.sum(), "records do not match their turns"
+    return Batch(
+        ids=tuple(r.id for r in records),
+        domains=tuple(r.domain for r in records),
+        tokens=_padded([r.tokens for r in records], shape, fill=0, dtype=np.int64).to(device),
+        length=torch.tensor([len(r.tokens) for r in records], device=device),
+        turn=_padded([r.turn for r in records], shape, fill=-1, dtype=np.int64).to(device),
+        token_logp=_padded([r.token_logp for r in records], shape, fill=0, dtype=np.float32).to(
+            device
+        ),
+        law_row=torch.from_numpy(law_row).to(device),
+        law=law,
+        hidden=_features([r.hidden for r in records], shape, device),
+        last_hidden=_features([r.last_hidden for r in records], shape, device),
+    )
+
+
+def _padded(
+    values: Sequence[NDArray], shape: tuple[int, int], *, fill: float, dtype: type[np.generic]
+) -> Tensor:
+    out = np.full(shape, fill, dtype=dtype)
+    for b, value in enumerate(values):
+        out[b, : len(value)] = value
+    return torch.from_numpy(out)
+
+
+def _features(
+    values: Sequence[NDArray | None], shape: tuple[int, int], device: str
+) -> Tensor | None:
+    """Stored bfloat16 bits [T, …] -> padded float32 [B, T, …]; they travel in 16 bits."""
+    first = values[0]
+    if first is None:
+        return None
+    bits = np.zeros((*shape, *first.shape[1:]), dtype=np.uint16)
+    for b, value in enumerate(values):
+        assert value is not None, "records of one batch store the same arrays"
+        bits[b, : len(value)] = value
+    return torch.from_numpy(bits).view(torch.bfloat16).to(device).float()
+
+
+def _law(records: Sequence[Record], layout: Layout, device: str) -> Law | None:
+    """The laws of all supervised rows, in the order of sequences and tokens."""
+    if layout.mode == "full":
+        if any(r.logits is None for r in records):
+            return None  # not asked for
+        bits = np.concatenate([r.logits for r in records if r.logits is not None])
+        logits = torch.from_numpy(bits).view(torch.bfloat16).to(device).float()
+        return DenseLaw(logits.log_softmax(-1))
+    if any(len(r.kept) != len(r.turn) or len(r.tail_kept) != len(r.turn) for r in records):
+        return None  # not asked for
+    return _sparse_law(records, device)
+
+
+def _sparse_law(records: Sequence[Record], device: str) -> SparseLaw:
+    """Entries row by row: the kept ids of a row, then its tail samples (MATHS (5))."""
+    rows = np.concatenate([supervised(r.turn) for r in records])
+    kept, drawn = (
+        np.concatenate([getattr(r, name) for r in records])[rows].astype(np.int64)
+        for name in ("kept", "tail_kept")
+    )
+    tail = np.exp(np.concatenate([r.tail_logp_mass for r in records])[rows])
+    start = np.zeros(len(kept) + 1, dtype=np.int64)
+    np.cumsum(kept + drawn, out=start[1:])
+    # the n-th kept entry of all lies after the samples of all earlier rows; a sample likewise
+    at_kept = np.arange(kept.sum()) + np.repeat(drawn.cumsum() - drawn, kept)
+    at_drawn = np.arange(drawn.sum()) + np.repeat(kept.cumsum(), drawn)
+    p_drawn = np.exp(np.concatenate([r.tail_logp for r in records]).astype(np.float32))
+    ids = np.empty(start[-1], dtype=np.int64)
+    p, weight = np.empty(len(ids), dtype=np.float32), np.ones(len(ids), dtype=np.float32)
+    ids[at_kept] = np.concatenate([r.topk_ids for r in records])
+    ids[at_drawn] = np.concatenate([r.tail_ids for r in records])
+    p[at_kept] = decode_p(np.concatenate([r.topk_p for r in records]))
+    p[at_drawn] = p_drawn
+    weight[at_drawn] = np.repeat(tail / np.maximum(drawn, 1), drawn) / p_drawn
+    bucket = np.where(drawn == 0, tail, np.float32(0))
+    return SparseLaw(
+        entry_start=torch.from_numpy(start).to(device),
+        ids=torch.from_numpy(ids).to(device),
+        p=torch.from_numpy(p).to(device),
+        weight=torch.from_numpy(weight).to(device),
+        bucket=torch.from_numpy(bucket).to(device),
+        kept=torch.from_numpy(kept).to(device),
+        tail=torch.from_numpy(tail).to(device),
+        p_step=1 / LEVELS,
+    )

@@ -1,0 +1,56 @@
+"""Train the KL start that all losses of a draft and seed share, from the cache alone.
+
+`python -m stages.warmup <start>`. `steps: 0` keeps the fresh draft, the paper's from-scratch
+recipe. The target's body is never opened.
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from pipeline.checkpoint import save_draft
+from pipeline.cluster import ClusterConfig, device
+from pipeline.config import load
+from pipeline.losses import kl
+from pipeline.matrix import Start, cell
+from pipeline.provenance import run
+from pipeline.train import WarmupConfig, fit_from_cache, open_inputs, write_curve
+from storage.workspace import Workspace, digest, write_json
+
+
+def main() -> None:
+    """Check, build from the seed, fit, write."""
+    key, start = cell("starts", sys.argv, Start)
+    config: WarmupConfig = load("warmup", WarmupConfig)
+    where = device(load("cluster", ClusterConfig))
+    torch.set_num_threads(config.threads)
+    inputs = open_inputs(start.draft, start.kind, cache=Path("cache"), target=Path("target"))
+    section = inputs.section.model_dump()
+    out, timing = Path("warmup", key), Path("timings", f"warmup-{key}.json")
+    model, curve, metrics = out / "model", out / "curve.csv", out / "metrics.json"
+    fingerprint = digest([config.model_dump(), section, start.key, inputs.source])
+    outs = [model, curve, metrics, timing]
+    with Workspace("warmup", fingerprint, outs=outs, cell=key) as workspace:
+        draft = inputs.fresh(start.seed)
+        fitted = fit_from_cache(
+            draft,
+            inputs,
+            loss=partial(kl.loss, config=kl.Config(kind="kl")),
+            config=config,
+            seed=start.seed,
+            stage="warmup",
+            cell=key,
+            device=where,
+        )
+        meta = {"draft": start.draft, "objective": "kl", "seed": start.seed, **inputs.source}
+        save_draft(workspace.path(model), draft, config=section, meta=meta, shape=inputs.shape)
+        write_curve(workspace.path(curve), fitted.curve)
+        write_json(workspace.path(metrics), fitted.metrics)
+        write_json(workspace.path(timing), fitted.timing)
+        workspace.publish()
+
+
+if __name__ == "__main__":
+    run("warmup", main)
