@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.batch import Batch
 from pipeline.config import Strict
-from storage.errors import ConfigError
+from storage.errors import ConfigError, DraftError
 
 FOLDER = Path(__file__).parent / "drafts"
 
@@ -102,8 +102,13 @@ class Draft(nn.Module, ABC):
     shifts: ClassVar[bool] = False
     """True where depth k at anchor j is depth 0 at anchor j + k (a standalone LM)."""
 
-    d2t: Tensor | None = None
-    """[Vd] int64 target id of each draft id, ascending; None where Vd = V."""
+    d2t: Tensor | None
+    """[Vd] int64 target id of each draft id, ascending; None where Vd = V. A buffer, so that it
+    follows the draft into its checkpoint."""
+
+    def __init__(self, d2t: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("d2t", d2t)
 
     @staticmethod
     @abstractmethod
@@ -122,8 +127,20 @@ class Draft(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def build(cls, config: Any, shape: Shape, interface: Interface | None, seed: int) -> "Draft":
-        """A fresh draft, initialised from `seed` alone; `DraftError` where shapes do not fit."""
+    def build(
+        cls,
+        config: Any,
+        shape: Shape,
+        interface: Interface | None,
+        seed: int,
+        *,
+        d2t: Tensor | None = None,
+    ) -> "Draft":
+        """A fresh draft, initialised from `seed` alone; `DraftError` where shapes do not fit.
+
+        `d2t` ([Vd] int64, `pipeline.vocab.draft_vocabulary`) prunes the draft vocabulary of a kind
+        whose config asks for one.
+        """
 
     @abstractmethod
     def training_logits(self, batch: Batch, depth: int) -> Iterator[Tensor]:
@@ -148,6 +165,25 @@ class Draft(nn.Module, ABC):
         """What a checkpoint stores: all parameters and buffers but the target's frozen ones."""
         frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
         return {k: v for k, v in self.state_dict().items() if k not in frozen}
+
+
+def require_interface(kind: str, shape: Shape, interface: Interface | None) -> Interface:
+    """The interface that a draft is built on; `DraftError` where it is missing or of other size."""
+    if interface is None:
+        raise DraftError(
+            found=f"no target interface for a draft of kind {kind}",
+            expected="the target's embedding and LM head",
+            todo="run dvc repro target, which writes target/interface",
+        )
+    expected = (shape.vocab_size, shape.hidden_size)
+    for name, matrix in (("embedding", interface.embed), ("LM head", interface.lm_head)):
+        if tuple(matrix.shape) != expected:
+            raise DraftError(
+                found=f"a target {name} of shape {list(matrix.shape)}",
+                expected=f"{list(expected)}, vocabulary by width",
+                todo="run dvc repro target, so that the interface is of the pinned target",
+            )
+    return interface
 
 
 def kinds() -> list[str]:
