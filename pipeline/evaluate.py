@@ -1,0 +1,281 @@
+"""Measure one batch of prompts: a trained draft replayed over cached rollouts, or decoded.
+
+A `Job` is a batch of prompts for one draft, temperature and instrument (`pipeline.schedule` makes
+them). `run_job` opens what it needs by path, once a process, and returns plain rows, so that jobs
+run here or in workers alike. transformers is imported when a job decodes, never for a replay.
+
+| instrument | rows of `storage.tables.ROUNDS` |
+| --- | --- |
+| `replay` | every held-out rollout whole, every γ: exact expectations, token verification |
+| `replay_block` | the same under block verification; T > 0 only, it is no different at T = 0 |
+| `replay_decode` | the decoded prompts' rollouts, cut to the decoder's length limit, at its γ |
+| `decode` | those prompts decoded for real |
+
+`replay_decode` and `decode` are what predicted against measured compares. At T = 0 on a CPU in
+float32 they are equal prompt by prompt while `features: cache` holds.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+
+from pipeline.checkpoint import load_draft, read_config
+from pipeline.config import Strict, parse
+from pipeline.dataset import arrays, collate
+from pipeline.draft import Draft, Needs, Shape, find
+from pipeline.replay import Replay, block_survival, replay, token_survival
+from pipeline.score import Rollouts, Scores, depth_sums, rollouts, score
+from pipeline.seeds import uniforms
+from pipeline.target import read_interface, read_spec, resident_target
+from storage.reader import Cache
+from storage.record import Record
+
+Count = Annotated[int, Field(gt=0)]
+Rows = list[dict[str, Any]]
+WARM_TOKENS = 4  # decoded before the clock starts: first calls allocate and choose kernels
+
+
+class EvaluateConfig(Strict):
+    """Section `evaluate`."""
+
+    temperatures: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)]
+    """0 and 1 are replayed and decoded; any other is decoded only: no rollouts of its law exist."""
+    depth: Count
+    """Replay for every γ up to this, or up to what the draft can (MEDUSA: its heads)."""
+    batch_sequences: Count
+    decode_seeds: list[Annotated[int, Field(ge=0)]]
+    """Drafts of these seeds are decoded too."""
+    decode_gamma: Count
+    """γ of decoding, or the draft's deepest where that is less."""
+    decode_prompts: Count
+    decode_new_tokens: Annotated[int, Field(gt=1)]
+    """Length limit of a decoded response, its first token included."""
+    decode_batch: Count
+    features: Literal["cache", "exact"]
+    """Whether decoding passes hidden states through the cache's dtype."""
+    seed: int
+    threads: Count
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where everything lies, for a worker on any host that sees the same paths."""
+
+    target: Path
+    caches: Mapping[str, Path]
+    """Law (`law_name`) -> cache of rollouts that are the target's own samples of it."""
+    device: str
+    config: EvaluateConfig
+    sources: str
+    """Digest of all that is read: a worker that outlives a run must not answer from an older."""
+
+    def cache(self, temperature: float) -> Cache:
+        """The rollouts of a temperature; its prompts only, where no rollouts of it exist."""
+        law = law_name(temperature) if replayable(temperature) else law_name(1)
+        return _open(self.caches[law], self.sources)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One batch of one draft at one temperature."""
+
+    instrument: Literal["replay", "decode", "plain"]
+    draft: Path | None
+    """Folder of the trained draft; None for plain decoding."""
+    temperature: float
+    rows: tuple[int, ...]
+    """Sequences of the temperature's cache."""
+    decoded: frozenset[str] = frozenset()
+    """Of a replay: the prompts that are decoded too."""
+
+
+@dataclass
+class Outcome:
+    """What a job found; its rows lack the columns that name the arm."""
+
+    rounds: Rows = field(default_factory=list)
+    depths: Rows = field(default_factory=list)
+    speed: dict[str, float] = field(default_factory=dict)
+    """Of a decoding: tokens, steps, seconds; measured, so never part of a result."""
+    identical: int = 0
+    """Decoded responses that equal the cached rollout, cut to the limit."""
+
+
+def law_name(temperature: float) -> str:
+    """The name of a sampling law, as `sequences/` marks it: `T=0`, `T=1`."""
+    return f"T={temperature:g}"
+
+
+def replayable(temperature: float) -> bool:
+    """Whether rollouts of this temperature's law are generated."""
+    return temperature in (0, 1)
+
+
+def split(record: Record) -> tuple[list[int], list[int]]:
+    """Prompt and first response of a sequence."""
+    mine = record.turn >= 0
+    first = int(mine.argmax()) if mine.any() else len(mine)
+    size = int((record.turn == record.turn[first]).sum()) if mine.any() else 0
+    tokens: list[int] = record.tokens.tolist()
+    return tokens[:first], tokens[first : first + size]
+
+
+@lru_cache(maxsize=8)
+def _open(path: Path, _sources: str) -> Cache:
+    return Cache.open(path)
+
+
+def draft_section(folder: Path) -> tuple[Any, Any]:
+    """The class and the config of a trained draft, nothing loaded."""
+    found = read_config(folder)
+    kind = find(found["kind"])
+    return kind.Model, parse(f"{folder}: config", found["config"], kind.Config)
+
+
+def _draft(bench: Bench, folder: Path) -> tuple[Draft, Needs, int | None]:
+    """A trained draft, what it reads, and how deep it goes."""
+    return _load(folder, bench.target, bench.device, bench.sources)
+
+
+@lru_cache(maxsize=2)
+def _load(
+    folder: Path, target: Path, device: str, _sources: str
+) -> tuple[Draft, Needs, int | None]:
+    model, section = draft_section(folder)
+    needs, spec = model.needs(section), read_spec(target)
+    draft = load_draft(
+        folder,
+        read_interface(target) if needs.interface else None,
+        Shape(vocab_size=spec.vocab_size, hidden_size=spec.hidden_size),
+        expect={"target": spec.fingerprint},
+    )
+    return draft.to(device).eval(), needs, model.max_depth(section)
+
+
+def run_job(bench: Bench, job: Job) -> Outcome:
+    """Run one job; the result depends on the job alone, not on what ran before it."""
+    return _replay(bench, job) if job.instrument == "replay" else _decode(bench, job)
+
+
+def _replay(bench: Bench, job: Job) -> Outcome:
+    """Exact expectations of a batch of rollouts, and the sums of its anchors."""
+    assert job.draft is not None
+    config, cache = bench.config, bench.cache(job.temperature)
+    draft, needs, deepest = _draft(bench, job.draft)
+    records = cache.records(job.rows, arrays=arrays(cache.layout, needs))
+    batch = collate(records, cache.layout, device=bench.device)
+    depth = config.depth if deepest is None else min(config.depth, deepest)
+    gamma = min(config.decode_gamma, depth)
+    scores = score(draft, batch, depth=depth, temperature=job.temperature)
+    whole = rollouts(scores, batch)
+    cut = rollouts(scores, batch, max_new_tokens=config.decode_new_tokens)
+    token = token_survival(whole.logr)
+    outcome = Outcome(depths=_depth_rows(records, scores))
+    add = outcome.rounds.extend
+    add(_round_rows(records, whole, replay(token, whole.remaining), instrument="replay"))
+    if job.temperature > 0:
+        block = replay(block_survival(whole.logr), whole.remaining)
+        add(_round_rows(records, whole, block, instrument="replay_block"))
+    shown = _round_rows(records, cut, replay(token, cut.remaining), instrument="replay_decode")
+    add(row for row in shown if row["prompt"] in job.decoded and row["gamma"] == gamma)
+    for row in (*outcome.rounds, *outcome.depths):
+        row["temperature"] = float(job.temperature)
+    return outcome
+
+
+def _round_rows(
+    records: Sequence[Record], found: Rollouts, exact: Replay, *, instrument: str
+) -> Rows:
+    """One row a prompt and γ; a prompt's responses are pooled."""
+    rows: Rows = []
+    for b, record in enumerate(records):
+        mine = found.row == b
+        tokens = int(found.remaining[mine].sum())
+        columns = (exact.rounds, exact.drafted, exact.accepted)
+        rounds, drafted, accepted = (column[mine].sum(0).tolist() for column in columns)
+        for g in range(len(rounds)):
+            counts = {"rounds": rounds[g], "drafted": drafted[g], "accepted": accepted[g]}
+            rows.append(
+                _named(record)
+                | {"instrument": instrument, "gamma": g + 1, "tokens": tokens}
+                | counts
+            )
+    return rows
+
+
+def _depth_rows(records: Sequence[Record], scores: Scores) -> Rows:
+    sums = depth_sums(scores)
+    rows: Rows = []
+    for b, record in enumerate(records):
+        for k in range(len(scores.pair)):
+            numbers = {name: float(sums[name][k, b]) if name in sums else None for name in _SUMS}
+            anchors = {"depth": k, "anchors": int(sums["anchors"][k, b])}
+            rows.append(_named(record) | anchors | numbers)
+    return rows
+
+
+_SUMS = ("alpha", "alpha_lo", "alpha_hi", "accept", "survive")
+
+
+def _named(record: Record) -> dict[str, Any]:
+    return {"prompt": record.id, "domain": record.domain}
+
+
+def _decode(bench: Bench, job: Job) -> Outcome:
+    """Decode a batch of prompts; `plain` where the job has no draft."""
+    from pipeline.speculate import Rules, decode
+
+    config, cache = bench.config, bench.cache(job.temperature)
+    spec = read_spec(bench.target)
+    target = resident_target(bench.target, device=bench.device, fingerprint=spec.fingerprint)
+    draft, needs, gamma = None, Needs(), 0
+    if job.draft is not None:
+        draft, needs, deepest = _draft(bench, job.draft)
+        gamma = config.decode_gamma if deepest is None else min(config.decode_gamma, deepest)
+    rules = Rules(
+        gamma=gamma,
+        temperature=job.temperature,
+        max_new_tokens=config.decode_new_tokens,
+        eos_ids=tuple(spec.eos_ids),
+        layers=cache.layout.hidden_layers if needs.num_layers else (),
+        last_hidden=needs.last_hidden,
+        features=config.features,
+    )
+    records = cache.records(job.rows, arrays={"tokens", "turn"})
+    pieces = [split(record) for record in records]
+    prompts = [torch.tensor(prompt) for prompt, _ in pieces]
+    # named by prompt, not by arm: all drafts meet the same luck, which narrows their differences
+    drawn = [
+        uniforms(config.seed, "decode", law_name(job.temperature), r.id, n=rules.num_uniforms)
+        for r in records
+    ]
+    warm = replace(rules, max_new_tokens=WARM_TOKENS)
+    first = drawn[0][None, : warm.num_uniforms]
+    decode(target, draft, prompts[:1], warm, uniforms_BU=first)
+    decoded, timing = decode(target, draft, prompts, rules, uniforms_BU=torch.stack(drawn))
+    outcome = Outcome()
+    outcome.speed = {
+        "tokens": float(sum(row.num_counted for row in decoded)),
+        "steps": float(timing.steps),
+        "draft_s": timing.draft_s,
+        "target_s": timing.target_s,
+        "rounds_s": timing.rounds_s,
+    }
+    for record, (_, response), row in zip(records, pieces, decoded, strict=True):
+        outcome.identical += row.tokens == response[: rules.max_new_tokens]
+        numbers = {
+            "instrument": "decode",
+            "temperature": float(job.temperature),
+            "gamma": gamma,
+            "tokens": row.num_counted,
+            "rounds": float(row.rounds),
+            "drafted": float(row.drafted),
+            "accepted": float(row.accepted),
+        }
+        outcome.rounds.append(_named(record) | numbers)
+    return outcome

@@ -1,0 +1,160 @@
+"""A draft, teacher forced over cached rollouts: what every (anchor, depth) pair and round needs.
+
+Pure: a draft and a batch in, numbers out. Only log p of the emitted token enters the replay, so
+that a truncated cache cannot bias it; α̂ and its certified bounds read the stored law.
+
+Dims: B sequences, T tokens, S depths, E rollouts, N remaining tokens (padded), Vd draft vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.batch import Batch
+from pipeline.bounds import bounds
+from pipeline.draft import Draft
+from pipeline.replay import Floats, Ints
+from pipeline.terms import terms
+
+CHUNK_BYTES = 1 << 26  # of logits in float32: what is scored at once beside the draft's own output
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Numbers of every supervised pair, in arrays [S, B, T] by depth and anchor."""
+
+    pair: NDArray[np.bool_]
+    logr: Floats
+    """T > 0: log q/p of the emitted token; T = 0: 0 where argmax q is that token, −inf elsewhere.
+    −inf outside the pairs too."""
+    alpha: dict[str, Floats]
+    """`alpha`, `alpha_lo`, `alpha_hi`: the unbiased estimate and the certified bounds, 0 outside
+    the pairs; empty at T = 0."""
+
+
+def score(draft: Draft, batch: Batch, *, depth: int, temperature: float) -> Scores:
+    """Score `depth` depths at T = 0 or at the law of the cache (T = 1).
+
+    A draft that shifts (`Draft.shifts`) is run once: depth k at anchor j is depth 0 at j + k.
+    """
+    num_rows, num_tokens = batch.tokens.shape
+    shape = (depth, num_rows * num_tokens)
+    pair = np.zeros(shape, dtype=np.bool_)
+    logr = np.full(shape, -np.inf)
+    alpha = {n: np.zeros(shape) for n in ("alpha", "alpha_lo", "alpha_hi") if temperature > 0}
+    with torch.inference_mode():
+        produced = draft.training_logits(batch, 1 if draft.shifts else depth)
+        for k in range(depth):
+            anchor = batch.pairs(k).anchor.numpy(force=True)
+            pair[k, anchor] = True
+            if k > 0 and draft.shifts:
+                for grid in (logr, *alpha.values()):
+                    grid[k, anchor] = grid[0, anchor + k]
+                continue
+            logits = next(produced)
+            found = _pairs(logits, batch, depth=k, d2t=draft.d2t, greedy=temperature == 0)
+            logr[k, anchor] = found["logr"]
+            for name, grid in alpha.items():
+                grid[k, anchor] = found[name]
+    grid_shape = (depth, num_rows, num_tokens)
+    return Scores(
+        pair=pair.reshape(grid_shape),
+        logr=logr.reshape(grid_shape),
+        alpha={name: grid.reshape(grid_shape) for name, grid in alpha.items()},
+    )
+
+
+def _pairs(
+    logits_NV: Tensor, batch: Batch, *, depth: int, d2t: Tensor | None, greedy: bool
+) -> dict[str, Floats]:
+    """The numbers of one depth's pairs, [N] each, a block of rows at a time."""
+    pairs = batch.pairs(depth)
+    found: dict[str, list[Tensor]] = {}
+    block = max(1, CHUNK_BYTES // (4 * logits_NV.shape[1]))
+    for start in range(0, len(pairs.token), block):
+        rows = slice(start, start + block)
+        logits, token = logits_NV[rows], pairs.token[rows]
+        if greedy:
+            values = {"logr": match_logr(logits, token, d2t=d2t)}
+        else:
+            logq = token_logq(logits, token, d2t=d2t)
+            values = {"logr": logq - pairs.logp[rows].double()}
+            assert batch.law is not None, "T = 1 is scored from caches of laws"
+            law = batch.law.take(pairs.row[rows])
+            values["alpha"] = terms(logits, law, d2t=d2t)[1]
+            values["alpha_lo"], values["alpha_hi"] = bounds(logits, law, d2t=d2t)
+        for name, value in values.items():
+            found.setdefault(name, []).append(value.double())
+    return {name: torch.cat(values).numpy(force=True) for name, values in found.items()}
+
+
+def token_logq(logits_NV: Tensor, token_N: Tensor, *, d2t: Tensor | None) -> Tensor:
+    """[N] float64 log q of target ids; −inf for those outside the draft's vocabulary."""
+    column, inside = _column(token_N, logits_NV.shape[1], d2t)
+    logits = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    logq = logits.gather(1, column[:, None])[:, 0].double() - logits.logsumexp(-1).double()
+    return torch.where(inside, logq, -torch.inf)
+
+
+def match_logr(logits_NV: Tensor, token_N: Tensor, *, d2t: Tensor | None) -> Tensor:
+    """[N] float64: 0 where argmax q (the lowest id of a tie) is the token, −inf elsewhere."""
+    best = logits_NV.argmax(-1)
+    best = best if d2t is None else d2t[best]
+    return torch.where(best == token_N, 0.0, -torch.inf).double()
+
+
+def _column(token_N: Tensor, vocab_size: int, d2t: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The draft ids of target ids, and which of them exist."""
+    if d2t is None:
+        return token_N, torch.ones_like(token_N, dtype=torch.bool)
+    column = torch.searchsorted(d2t, token_N).clamp_(max=vocab_size - 1)
+    return column, d2t[column] == token_N
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """The responses of a batch as `pipeline.replay` reads them."""
+
+    row: Ints
+    """[E] the sequence b of each response, ascending."""
+    logr: Floats
+    """[E, S, N], as `pipeline.replay` takes it."""
+    remaining: Ints
+    """[E] tokens after the first."""
+
+
+def rollouts(scores: Scores, batch: Batch, *, max_new_tokens: int | None = None) -> Rollouts:
+    """Cut the responses (assistant turns) out of a batch's scores.
+
+    Token s after the first of a response that starts at position f is drafted at depth 0 from the
+    anchor f − 1 + s, whose x_{j+1} is the last committed token. With `max_new_tokens` responses
+    are cut to that length, first token included, as the decoder's limit would.
+    """
+    turn = batch.turn.numpy(force=True)
+    before = np.concatenate([np.full((len(turn), 1), -1), turn[:, :-1]], axis=1)
+    row, first = np.nonzero((turn >= 0) & (turn != before))
+    length = (turn[row] == turn[row, first][:, None]).sum(1)
+    remaining = length - 1
+    if max_new_tokens is not None:
+        remaining = np.minimum(remaining, max_new_tokens - 1)
+    # a response without a prompt has no anchor for its second token
+    assert np.all((first > 0) | (remaining == 0)), "responses follow a prompt"
+    anchor = (first - 1)[:, None] + np.arange(max(int(remaining.max(initial=0)), 1))
+    anchor = np.clip(anchor, 0, turn.shape[1] - 1)
+    logr = scores.logr[:, row[:, None], anchor].transpose(1, 0, 2)
+    return Rollouts(row=row, logr=logr, remaining=remaining.astype(np.int64))
+
+
+def depth_sums(scores: Scores) -> dict[str, Floats]:
+    """Sums over each sequence's pairs, [S, B] each: the columns of `storage.tables.DEPTHS`.
+
+    `survive` is the product of the acceptances of depths 0 … k, averaged over all anchors: it is
+    not τ's survival, because rounds start at harder places (reference/prototype.md §0).
+    """
+    accept = np.exp(np.minimum(scores.logr, 0.0))
+    survive = np.cumprod(accept, axis=0)
+    numbers = {"anchors": scores.pair * 1.0, "accept": accept, "survive": survive, **scores.alpha}
+    return {name: grid.sum(-1) for name, grid in numbers.items()}

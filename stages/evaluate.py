@@ -1,0 +1,68 @@
+"""Score all arms of a start: exact replay from the cache, and real decoding of its seeds."""
+
+import sys
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from tqdm import tqdm
+
+from pipeline.cluster import ClusterConfig, device, open_cluster
+from pipeline.config import load
+from pipeline.evaluate import EvaluateConfig, Job, Outcome, law_name, run_job
+from pipeline.matrix import Arm, Start, cell
+from pipeline.provenance import run
+from pipeline.schedule import open_bench, plan
+from pipeline.summary import identical, speeds, summarise
+from storage.tables import DEPTHS, ROUNDS, write_table
+from storage.workspace import Workspace, digest, write_json
+
+TARGET = Path("target")
+CACHES = {law_name(1): Path("cache/heldout.zarr"), law_name(0): Path("cache/greedy.zarr")}
+
+
+def main() -> None:
+    """Plan the jobs of every arm, run them, write each arm's tables, the metrics and the times."""
+    started = perf_counter()
+    config: EvaluateConfig = load("evaluate", EvaluateConfig)
+    where: ClusterConfig = load("cluster", ClusterConfig)
+    key, start = cell("starts", sys.argv, Start)
+    every: dict[str, Arm] = load("arms", dict[str, Arm])
+    arms = {name: arm for name, arm in every.items() if arm.start == key}
+    models = {n: Path(f"drafts/{key}/{arm.objective}/model").resolve() for n, arm in arms.items()}
+    drafts, decoding = list(models.values()), start.seed in config.decode_seeds
+    bench = open_bench(TARGET, CACHES, drafts, config=config, device=device(where))
+    jobs = plan(bench, drafts, decode=decoding)
+    if not decoding:  # a replay alone is over before workers have started
+        where = where.model_copy(update={"workers": 1})
+    tables, metrics_file = Path(f"results/{key}/arms"), Path(f"results/{key}/metrics.json")
+    times = Path(f"timings/evaluate-{key}.json")
+    outs = [tables, metrics_file, times]
+    with Workspace("evaluate", digest(bench.sources), outs=outs, cell=key) as workspace:
+        with open_cluster(where, threads=config.threads) as cluster:
+            results = cluster.map(partial(run_job, bench), jobs)
+            done = list(zip(jobs, tqdm(results, key, len(jobs), unit="batch"), strict=True))
+        metrics: dict[str, Any] = {}
+        seconds = speeds("plain", [found for job, found in done if job.draft is None])
+        for name, arm in arms.items():
+            mine = [(job, found) for job, found in done if job.draft == models[name]]
+            metrics[arm.objective] = _write_arm(workspace.path(tables), name, arm, mine)
+            seconds |= speeds(arm.objective, [found for _, found in mine])
+        write_json(workspace.path(metrics_file), metrics)
+        write_json(workspace.path(times), seconds | {"seconds": perf_counter() - started})
+        workspace.publish()
+
+
+def _write_arm(folder: Path, key: str, arm: Arm, done: list[tuple[Job, Outcome]]) -> dict[str, Any]:
+    """Both tables of an arm; returns its metrics."""
+    named = {"arm": key, **arm.model_dump(exclude={"start"})}
+    rounds = [named | row for _, found in done for row in found.rounds]
+    depths = [named | row for _, found in done for row in found.depths]
+    write_table(folder / f"{arm.objective}.rounds.parquet", ROUNDS, rounds)
+    write_table(folder / f"{arm.objective}.depths.parquet", DEPTHS, depths)
+    return summarise(rounds, depths) | identical([found for _, found in done])
+
+
+if __name__ == "__main__":
+    run("evaluate", main)
