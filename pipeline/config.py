@@ -59,7 +59,8 @@ def parse(section: str, value: object, model: type[T] | Any, *, path: Path = PAR
         parsed: T = TypeAdapter(model).validate_python(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise ConfigError(**_sentence(section, first, len(error.errors()), path)) from None
+        where = ".".join([section, *_keys(first, value)])
+        raise ConfigError(**_sentence(where, first, len(error.errors()), path)) from None
     return parsed
 
 
@@ -79,10 +80,23 @@ def load(section: str, model: type[T] | Any, *, path: Path = PARAMS) -> T:
     return parse(section, value, model, path=path)
 
 
-def _sentence(section: str, error: Any, count: int, path: Path) -> dict[str, str]:
+def _keys(error: Any, value: Any) -> list[str]:
+    """The finding's place as keys of the user's file.
+
+    A discriminated union puts its tag into pydantic's location; the file does not have it.
+    """
+    keys = []
+    for depth, part in enumerate(error["loc"], start=1):
+        inside = isinstance(part, int) or (isinstance(value, Mapping) and part in value)
+        if inside:
+            value = value[part] if isinstance(value, Mapping | list | tuple) else None
+        if inside or (depth == len(error["loc"]) and error["type"] == "missing"):
+            keys.append(str(part))
+    return keys
+
+
+def _sentence(where: str, error: Any, count: int, path: Path) -> dict[str, str]:
     """The three parts of a `ConfigError` from pydantic's first finding."""
-    # a discriminated union puts its tag into the location; the user's file does not have it
-    where = ".".join([section, *(str(part) for part in error["loc"] if "[" not in str(part))])
     more = f" (and {count - 1} more)" if count > 1 else ""
     if error["type"] == "missing":
         found, expected = f"{path}: {where} is missing", "a value for every parameter"
@@ -91,8 +105,10 @@ def _sentence(section: str, error: Any, count: int, path: Path) -> dict[str, str
         found, expected = f"{path}: {where} is unknown", "only parameters that a stage reads"
         todo = f"remove {where} from {path} or correct its spelling"
     else:
-        message = str(error["msg"])
-        found = f"{path}: {where} is {error['input']!r}"
+        message = str(error["msg"]).removeprefix("Value error, ")
+        is_section = isinstance(error["input"], Mapping) and error["type"] == "value_error"
+        value = "not consistent" if is_section else repr(error["input"])
+        found = f"{path}: {where} is {value}"
         expected = message[0].lower() + message[1:]
         todo = f"correct {where} in {path}"
     return {"found": found + more, "expected": expected, "todo": todo}

@@ -49,12 +49,14 @@ def found_by_name(stage: Any) -> set[str]:
 
 
 def expected(graph: Any, name: str, stage: Any) -> list[str]:
-    """The `.py` deps that a stage's static closure asks for, sorted; templates stand for the rest."""
+    """The `.py` deps that a stage's imports ask for, sorted; templates stand for the rest."""
     static = closure(graph, f"stages.{name}")
     named = found_by_name(stage)
     by_name = set().union(*(closure(graph, module) for module in named)) if named else set()
     own = {source(module) for module in named}
-    literal = {dep for dep in stage["deps"] if re.fullmatch(r"pipeline/(drafts|losses)/\w+\.py", dep)}
+    literal = {
+        dep for dep in stage["deps"] if re.fullmatch(r"pipeline/(drafts|losses)/\w+\.py", dep)
+    }
     return sorted(static | (by_name - own) | literal)
 
 

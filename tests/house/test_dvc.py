@@ -1,4 +1,4 @@
-"""dvc.yaml tells the truth: deps are import closures, params whole sections, cells those of params."""
+"""dvc.yaml tells the truth: deps are import closures, params whole sections, cells as in params."""
 
 import re
 from pathlib import Path

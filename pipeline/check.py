@@ -1,0 +1,153 @@
+"""Every section of `params.yaml`, and what the sections need of each other, before anything runs.
+
+Knows no file but the parameters: no model, no cache. What a pretrained target or the user's data
+holds, the stage that opens it checks.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline import draft, loss
+from pipeline.audit import VerifyConfig
+from pipeline.capture import CaptureConfig
+from pipeline.cluster import ClusterConfig
+from pipeline.config import PARAMS, parse
+from pipeline.embedded import EmbeddedConfig
+from pipeline.evaluate import EvaluateConfig
+from pipeline.export import ExportConfig, find_format
+from pipeline.findings import ReportConfig
+from pipeline.generate import GenerateConfig
+from pipeline.matrix import Export, Start, check_matrix
+from pipeline.pin import TargetConfig
+from pipeline.prompts import JsonlSource, PrepareConfig
+from pipeline.train import FitConfig, WarmupConfig
+from storage.errors import ConfigError
+
+SECTIONS: dict[str, Any] = {
+    "prepare": PrepareConfig,
+    "target": TargetConfig,
+    "generate": GenerateConfig,
+    "capture": CaptureConfig,
+    "verify": VerifyConfig,
+    "warmup": WarmupConfig,
+    "train": FitConfig,
+    "evaluate": EvaluateConfig,
+    "report": ReportConfig,
+    "export": ExportConfig,
+    "cluster": ClusterConfig,
+}
+BY_KIND = {"drafts": draft, "losses": loss}
+MATRIX = ("starts", "arms", "exports")
+
+
+def check_params(params: Mapping[str, Any]) -> None:
+    """Validate a parameter file; `ConfigError` names the first thing that is wrong."""
+    _all_there(params)
+    sections = {name: parse(name, params[name], model) for name, model in SECTIONS.items()}
+    found = {name: _by_kind(name, params[name]) for name in BY_KIND}
+    check_matrix(params)
+    starts: dict[str, Start] = parse("starts", params["starts"], dict[str, Start])
+    exports: dict[str, Export] = parse("exports", params["exports"], dict[str, Export])
+    for start in starts.values():
+        _check_needs(start.draft, found["drafts"][start.draft], sections["capture"])
+    for cell in exports.values():
+        find_format(cell.kind, cell.format)
+    _check_target(sections)
+    _check_report(sections, params)
+    source = sections["prepare"].source
+    if isinstance(source, JsonlSource):
+        _check_files(source)
+
+
+def _all_there(params: Mapping[str, Any]) -> None:
+    known = [*SECTIONS, *BY_KIND, *MATRIX]
+    for name in params:
+        if name not in known:
+            raise ConfigError(
+                found=f"{PARAMS}: section {name!r} is unknown",
+                expected=f"one of {', '.join(known)}",
+                todo=f"remove {name} from {PARAMS} or correct its spelling",
+            )
+    for name in known:
+        if name not in params:
+            raise ConfigError(
+                found=f"{PARAMS}: section {name} is missing",
+                expected=", ".join(known),
+                todo=f"add {name}, as presets/embedded.yaml has it",
+            )
+
+
+def _by_kind(section: str, entries: Any) -> dict[str, Any]:
+    """The entries of `drafts` or `losses`, each by its kind's own model."""
+    parsed = {}
+    rows: dict[str, dict[str, Any]] = parse(section, entries, dict[str, dict[str, Any]])
+    for name, row in rows.items():
+        module = BY_KIND[section].find(str(row.get("kind")))
+        parsed[name] = parse(f"{section}.{name}", row, module.Config)
+    return parsed
+
+
+def _check_needs(name: str, config: Any, capture: CaptureConfig) -> None:
+    """The cache will hold what the draft reads."""
+    needs = draft.find(config.kind).Model.needs(config)
+    if len(capture.hidden_layers) < needs.num_layers:
+        raise ConfigError(
+            found=f"{PARAMS}: capture.hidden_layers names {len(capture.hidden_layers)} layers",
+            expected=f"{needs.num_layers}, which the draft {name} ({config.kind}) reads",
+            todo="name them in capture.hidden_layers; capture and what follows run again",
+        )
+    if needs.last_hidden and not capture.last_hidden:
+        raise ConfigError(
+            found=f"{PARAMS}: capture.last_hidden is false",
+            expected=f"true, because the draft {name} ({config.kind}) reads it",
+            todo="set capture.last_hidden: true; capture and what follows run again",
+        )
+
+
+def _check_target(sections: Mapping[str, Any]) -> None:
+    """What the embedded target's shape allows; a pretrained one is checked where it is opened."""
+    target, generate, capture = (sections[name] for name in ("target", "generate", "capture"))
+    if not isinstance(target, EmbeddedConfig):
+        return
+    longest = generate.max_prompt_tokens + generate.max_new_tokens
+    if longest > target.context_tokens:
+        raise ConfigError(
+            found=f"{PARAMS}: generate allows sequences of {longest} tokens",
+            expected=f"at most target.context_tokens, {target.context_tokens}",
+            todo="lower generate.max_prompt_tokens or max_new_tokens, or raise the context",
+        )
+    for layer in capture.hidden_layers:
+        if layer >= target.num_layers:
+            raise ConfigError(
+                found=f"{PARAMS}: capture.hidden_layers names layer {layer}",
+                expected=f"indices from 0 to {target.num_layers - 1}; the stream after the last "
+                "layer is normed and is capture.last_hidden",
+                todo="correct capture.hidden_layers",
+            )
+
+
+def _check_report(sections: Mapping[str, Any], params: Mapping[str, Any]) -> None:
+    report, evaluate = sections["report"], sections["evaluate"]
+    if report.baseline not in params["losses"]:
+        raise ConfigError(
+            found=f"{PARAMS}: report.baseline is {report.baseline!r}",
+            expected=f"one of {', '.join(params['losses'])}",
+            todo="name an objective",
+        )
+    if max(report.gammas) > evaluate.depth:
+        raise ConfigError(
+            found=f"{PARAMS}: report.gammas asks for {max(report.gammas)}",
+            expected=f"at most evaluate.depth, {evaluate.depth}",
+            todo="raise evaluate.depth or lower report.gammas",
+        )
+
+
+def _check_files(source: JsonlSource) -> None:
+    for path in (source.train, source.heldout):
+        if path is not None and not Path(path).is_file():
+            raise ConfigError(
+                found=f"{PARAMS}: prepare.source names {path}, which is no file",
+                expected="a file of JSON lines",
+                todo="correct the path, which is relative to the project's root",
+            )

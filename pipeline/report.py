@@ -1,0 +1,255 @@
+"""Findings to files: the page, the same tables as Markdown and CSV, and the DVC metric.
+
+Torch-free; draws what was computed and stored before (`pipeline.findings`). Reads no parquet and
+writes nothing itself: texts in, texts out; `stages.report` opens and publishes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.charts import swatch
+from pipeline.exhibits import (
+    Curves,
+    alpha_table,
+    curve_charts,
+    depth_charts,
+    difference_table,
+    forest_charts,
+    gamma_charts,
+    law,
+    predicted_chart,
+    predicted_table,
+    styles,
+    tau_long,
+    tau_table,
+)
+from pipeline.findings import Comparison, Findings, ReportConfig
+from pipeline.page import Table, render, to_csv, to_markdown
+from pipeline.record_tables import cache_tables, cost_tables, facts
+from pipeline.results import ALL, Results
+from pipeline.statistics import MIN_SEEDS, verdict
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Records:
+    """What earlier stages wrote of themselves, as read from their JSON and CSV."""
+
+    target: Json
+    cache: Json
+    metrics: Mapping[str, Json] = field(default_factory=dict)
+    """By stage."""
+    timings: Mapping[str, Json] = field(default_factory=dict)
+    """By stage and cell, as the file is named: `train-lm-kl-0`."""
+    curves: Curves = field(default_factory=dict)
+    params: Json = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One comparison in words, with what the page does to show it."""
+
+    draft: str
+    text: str
+    direction: str
+    """longer, shorter or open."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every file of `report/`, by name, and the DVC metric."""
+
+    files: Mapping[str, str]
+    metrics: Json
+
+
+def build(results: Results, found: Findings, config: ReportConfig, *, records: Records) -> Report:
+    """All texts of a report; the same input gives the same bytes."""
+    # a γ that no draft reaches (MEDUSA stops at its heads) has no table
+    gammas = [g for g in config.gammas if any(t.gamma == g for t in found.tau)] or [
+        max(t.gamma for t in found.tau)
+    ]
+    primary = found.primary(gammas[0])
+    costs = cost_tables(results, records.timings)
+    tables: dict[str, list[Table]] = {
+        "tau": [tau_table(found, gamma) for gamma in gammas],
+        "differences": _difference_tables(found, gammas, config),
+        "alpha": [alpha_table(found)],
+        "predicted": [predicted_table(found)],
+        "cache": cache_tables(records.cache),
+        "cost": costs,
+        "blocks": _block_tables(found, gammas[0]),
+    }
+    long = {
+        **{name: tabled[0] for name, tabled in tables.items() if tabled},
+        "tau": tau_long(found),
+    }
+    long["differences"] = difference_table(
+        found.comparisons, baseline=config.baseline, caption="Differences, one a row"
+    )
+    files = {
+        f"{name}.md": "\n".join(map(to_markdown, tables[name])) for name in tables if tables[name]
+    }
+    files |= {f"{name}.csv": to_csv(table) for name, table in long.items()}
+    style = styles(results.objectives(), config.baseline)
+    content = {
+        "headline": headline(primary, config.baseline, gammas[0]),
+        "summary": _summary(results, found),
+        "verdicts": verdicts(primary, config.baseline),
+        "baseline": config.baseline,
+        "gamma": gammas[0],
+        "confidence": f"{100 * config.confidence:g}",
+        "resamples": f"{config.resamples:,}",
+        "min_seeds": MIN_SEEDS,
+        "withheld": sorted({c.draft for c in primary if c.difference.over_seeds is None}),
+        "legend": [(name, swatch(k)) for name, k in style.items() if name in results.objectives()],
+        "tables": tables,
+        "charts": {
+            "forest": forest_charts(primary, style),
+            "gamma": gamma_charts(found, style),
+            "depth": depth_charts(found, style),
+            "curves": curve_charts(records.curves, style),
+            "predicted": predicted_chart(found, style),
+        },
+        "agreement": agreement_words(found),
+        "sharpen": records.target.get("sharpen"),
+        "facts": facts(records.target, records.cache, records.metrics, records.params),
+    }
+    files["index.html"] = render(content)
+    return Report(files, metrics(found, gammas[0]))
+
+
+def _difference_tables(found: Findings, gammas: Sequence[int], config: ReportConfig) -> list[Table]:
+    """Primary table, the other γ, then by domain at the primary γ."""
+    tables = []
+    for gamma in gammas:
+        rows = found.primary(gamma)
+        caption = f"Differences of τ to {config.baseline} at γ = {gamma}, all domains"
+        if rows:
+            tables.append(difference_table(rows, baseline=config.baseline, caption=caption))
+    by_domain = [c for c in found.comparisons if c.domain != ALL and c.gamma == gammas[0]]
+    if by_domain:
+        caption = f"Differences of τ to {config.baseline} at γ = {gammas[0]}, by domain"
+        tables.append(difference_table(by_domain, baseline=config.baseline, caption=caption))
+    return tables or [
+        difference_table([], baseline=config.baseline, caption=f"No arm beside {config.baseline}")
+    ]
+
+
+def _block_tables(found: Findings, gamma: int) -> list[Table]:
+    if not found.blocks:
+        return []
+    caption = f"Block verification against token verification of the same arms at γ = {gamma}"
+    return [difference_table(found.blocks, baseline="token verification", caption=caption)]
+
+
+def verdicts(primary: Sequence[Comparison], baseline: str) -> list[Verdict]:
+    """One sentence a comparison, sampled decoding first."""
+    ordered = sorted(primary, key=lambda c: -c.temperature)
+    return [
+        Verdict(
+            c.draft,
+            verdict(
+                c.difference, objective=c.objective, baseline=baseline, temperature=c.temperature
+            ),
+            direction(c),
+        )
+        for c in ordered
+    ]
+
+
+def direction(comparison: Comparison) -> str:
+    """longer, shorter, or open where the deciding interval holds zero."""
+    interval = comparison.difference.verdict
+    if not interval.decided:
+        return "open"
+    return "longer" if interval.estimate > 0 else "shorter"
+
+
+def headline(primary: Sequence[Comparison], baseline: str, gamma: int) -> str:
+    """Whether the other losses beat the baseline: counts of decided comparisons, no more.
+
+    What holds over seeds comes first and apart from what holds for the trained drafts alone.
+    """
+    if not primary:
+        return f"No arm beside {baseline} was compared at γ = {gamma}."
+    solid = [c for c in primary if c.difference.over_seeds is not None]
+    own = [c for c in primary if c.difference.over_seeds is None]
+    parts = [
+        f"{lead} ({', '.join(dict.fromkeys(c.draft for c in rows))}), {_counts(rows, baseline)}."
+        for lead, rows in (("Over seeds", solid), ("For the trained drafts alone", own))
+        if rows
+    ]
+    return " ".join(parts)
+
+
+def _counts(rows: Sequence[Comparison], baseline: str) -> str:
+    """`3 of 3 comparisons come out longer than kl at T = 1, 1 of 3 at T = 0 (2 undecided)`."""
+    parts: list[str] = []
+    for temperature in sorted({c.temperature for c in rows}, reverse=True):
+        here = [direction(c) for c in rows if c.temperature == temperature]
+        text = f"{here.count('longer')} of {len(here)}"
+        if not parts:
+            text += f" comparison{'s' if len(here) > 1 else ''} come out longer than {baseline}"
+        text += f" at {law(temperature)}"
+        rest = [
+            f"{here.count(kind)} {word}"
+            for kind, word in (("shorter", "shorter"), ("open", "undecided"))
+            if kind in here
+        ]
+        parts.append(text + (f" ({', '.join(rest)})" if rest else ""))
+    return ", ".join(parts)
+
+
+def _summary(results: Results, found: Findings) -> str:
+    seeds = len({arm.seed for arm in results.arms})
+    laws = " and ".join(law(t) for t in results.temperatures())
+    return (
+        f"{len(results.arms)} arms: {len(results.drafts)} drafts, "
+        f"{len(results.objectives())} objectives, up to {seeds} "
+        f"seed{'s' if seeds > 1 else ''}. {found.prompts:,} held-out prompts in "
+        f"{len(found.domains)} domain{'s' if len(found.domains) > 1 else ''}, {laws}."
+    )
+
+
+def agreement_words(found: Findings) -> list[str]:
+    """Whether predicted and measured τ agree, one sentence a temperature."""
+    sentences = []
+    for temperature in sorted(found.z_points, reverse=True):
+        rows = [p.agreement for p in found.predictions if p.temperature == temperature]
+        if temperature > 0:
+            largest, point = max(abs(a.z) for a in rows), found.z_points[temperature]
+            word = "agree" if largest < point else "do not agree"
+            sentences.append(
+                f"At {law(temperature)} predicted and measured τ {word}: the largest |z| of "
+                f"{len(rows)} arms is {largest:.2f}, the familywise 99 % point {point:.2f}."
+            )
+        else:
+            wrong, total = sum(a.unequal for a in rows), sum(a.prompts for a in rows)
+            text = f"At {law(temperature)} the numbers of rounds are equal on all {total:,} texts"
+            if wrong:
+                text = (
+                    f"At {law(temperature)} the numbers of rounds differ on {wrong:,} of "
+                    f"{total:,} texts"
+                )
+            sentences.append(f"{text} ({len(rows)} arms).")
+    return sentences
+
+
+def metrics(found: Findings, gamma: int) -> dict[str, Any]:
+    """The primary numbers, nested by draft, objective and temperature, for `dvc metrics diff`."""
+    nested: dict[str, Any] = {}
+    for t in found.tau:
+        if t.gamma == gamma and t.domain == ALL:
+            leaf = {"tau": round(t.tau.estimate, 6)}
+            nested.setdefault(t.draft, {}).setdefault(t.objective, {})[f"T{t.temperature:g}"] = leaf
+    for c in found.primary(gamma):
+        leaf = nested[c.draft][c.objective][f"T{c.temperature:g}"]
+        shown = c.difference.verdict
+        leaf["difference_percent"] = round(100 * shown.estimate, 4)
+        leaf["difference_percent_lo"] = round(100 * shown.lo, 4)
+        leaf["difference_percent_hi"] = round(100 * shown.hi, 4)
+        leaf["seeds"] = c.difference.seeds
+    return nested

@@ -1,0 +1,205 @@
+"""Result tables of the arms that the parameters list -> arrays over the same prompts, checked.
+
+Arms are never globbed: what `arms:` lists must be there, and every row must name its arm. Paired
+statistics need every arm to have seen the same prompts and, in replay, the same rollouts; where
+they differ the results come of different caches, prompts or targets, and nothing is compared.
+
+Knows tables, not statistics' use of them nor pages. Dims: N prompts, C columns.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.matrix import Arm
+from pipeline.statistics import Floats, Panel
+from storage.errors import ResultError
+from storage.tables import DEPTHS, ROUNDS, read_table
+
+REPLAY, DECODE, REPLAY_DECODE = "replay", "decode", "replay_decode"
+BLOCK = "replay_block"
+ALL = "all"
+COUNTS = ("tokens", "rounds", "drafted", "accepted")
+SUMS = ("anchors", "alpha", "alpha_lo", "alpha_hi", "accept", "survive")
+
+
+@dataclass(frozen=True)
+class Key:
+    """What one column of a panel holds."""
+
+    arm: str
+    instrument: str
+    temperature: float
+    gamma: int
+
+
+@dataclass
+class Results:
+    """All rounds and depths of the listed arms."""
+
+    arms: list[Arm]
+    prompts: dict[str, list[str]] = field(default_factory=dict)
+    """Prompts of each instrument, in the order of the first arm's table."""
+    domain: dict[str, str] = field(default_factory=dict)
+    """Domain of each prompt."""
+    rounds: dict[Key, dict[str, Floats]] = field(default_factory=dict)
+    """By column: tokens, rounds, drafted, accepted [N], zero where the column lacks a prompt."""
+    depths: dict[tuple[str, float, int], dict[str, float]] = field(default_factory=dict)
+    """By arm, temperature, depth: the sums of `SUMS` over prompts."""
+
+    @property
+    def drafts(self) -> list[str]:
+        """Drafts in the order of the parameters."""
+        return list(dict.fromkeys(arm.draft for arm in self.arms))
+
+    def objectives(self, draft: str | None = None) -> list[str]:
+        """Objectives in the order of the parameters."""
+        return list(
+            dict.fromkeys(a.objective for a in self.arms if draft is None or a.draft == draft)
+        )
+
+    def of(self, draft: str, objective: str) -> list[Arm]:
+        """Arms of a draft and objective, by seed."""
+        found = [a for a in self.arms if a.draft == draft and a.objective == objective]
+        return sorted(found, key=lambda arm: arm.seed)
+
+    def temperatures(self) -> list[float]:
+        """Temperatures of the replayed rounds, ascending."""
+        return sorted({key.temperature for key in self.rounds if key.instrument == REPLAY})
+
+    def gammas(self, arm: str, temperature: float) -> list[int]:
+        """γ that an arm was replayed with."""
+        return sorted(
+            key.gamma
+            for key in self.rounds
+            if (key.arm, key.instrument, key.temperature) == (arm, REPLAY, temperature)
+        )
+
+    def domains(self, instrument: str = REPLAY) -> list[str]:
+        """Domains of an instrument's prompts, by name."""
+        return sorted({self.domain[prompt] for prompt in self.prompts[instrument]})
+
+    def strata(self, instrument: str) -> NDArray[Any]:
+        """[N] domain of each prompt of an instrument."""
+        return np.array([self.domain[prompt] for prompt in self.prompts[instrument]])
+
+    def panel(self, columns: Sequence[Sequence[Key]], *, domain: str = ALL) -> Panel:
+        """One column per group of keys of one instrument, the group's arms pooled."""
+        strata_N = self.strata(columns[0][0].instrument)
+        inside_N = np.ones(len(strata_N)) if domain == ALL else (strata_N == domain) * 1.0
+        stacked = [
+            np.stack([sum_of(self.rounds[key][name] for key in group) for group in columns])
+            for name in ("tokens", "rounds")
+        ]
+        return Panel(stacked[0] * inside_N, stacked[1] * inside_N, strata_N)
+
+
+def sum_of(arrays: Iterable[Floats]) -> Floats:
+    """The sum of equally long arrays."""
+    total: Floats = np.sum(list(arrays), axis=0)
+    return total
+
+
+def read_results(root: Path, arms: Sequence[Arm]) -> Results:
+    """Read `<root>/<start>/arms/<objective>.{rounds,depths}.parquet` of every listed arm.
+
+    `ResultError` where a row names another arm, or where two arms did not see the same prompts
+    (in replay: the same rollouts).
+    """
+    results = Results(list(arms))
+    first: dict[tuple[str, float], tuple[str, dict[str, int]]] = {}
+    tables = {}
+    for arm in arms:
+        stem = root / arm.start / "arms"
+        path = stem / f"{arm.objective}.rounds.parquet"
+        tables[arm.key] = _by_column(_own(read_table(path, ROUNDS), arm, path), arm)
+        path = stem / f"{arm.objective}.depths.parquet"
+        _add_depths(results, _own(read_table(path, DEPTHS), arm, path), arm)
+        for key, rows in tables[arm.key].items():
+            _same_prompts(first, key, rows)
+            for row in rows:
+                results.domain.setdefault(row["prompt"], row["domain"])
+    _index(results, tables)
+    return results
+
+
+def _own(rows: list[dict[str, Any]], arm: Arm, path: Path) -> list[dict[str, Any]]:
+    """Rows that all name their arm."""
+    for row in rows:
+        if row["arm"] != arm.key:
+            raise ResultError(
+                found=f"{path} holds rows of the arm {row['arm']}",
+                expected=f"rows of {arm.key} alone, as params.yaml names it",
+                todo=f"run dvc repro evaluate@{arm.start}",
+            )
+    if not rows:
+        raise ResultError(
+            found=f"{path} holds no rows",
+            expected=f"the results of {arm.key}",
+            todo=f"run dvc repro evaluate@{arm.start}",
+        )
+    return rows
+
+
+def _by_column(rows: list[dict[str, Any]], arm: Arm) -> dict[Key, list[dict[str, Any]]]:
+    columns: dict[Key, list[dict[str, Any]]] = {}
+    for row in rows:
+        key = Key(arm.key, row["instrument"], row["temperature"], row["gamma"])
+        columns.setdefault(key, []).append(row)
+    return columns
+
+
+def _same_prompts(
+    first: dict[tuple[str, float], tuple[str, dict[str, int]]],
+    key: Key,
+    rows: list[dict[str, Any]],
+) -> None:
+    """Every arm's prompts (and tokens, where rollouts are shared) equal the first arm's."""
+    mine = {row["prompt"]: row["tokens"] for row in rows}
+    other, theirs = first.setdefault((key.instrument, key.temperature), (key.arm, mine))
+    what = f"{key.instrument} at T = {key.temperature:g}"
+    if mine.keys() != theirs.keys() or len(mine) != len(rows):
+        odd = sorted(mine.keys() ^ theirs.keys())[:1] or ["a prompt twice"]
+        raise ResultError(
+            found=f"{what}: {key.arm} has {len(rows)} prompts and {other} {len(theirs)}, "
+            f"which differ in {odd[0]}",
+            expected="the same prompts for every arm, because differences are paired by prompt",
+            todo="run dvc repro evaluate for both",
+        )
+    if key.instrument != DECODE and mine != theirs:
+        odd = sorted(prompt for prompt in mine if mine[prompt] != theirs[prompt])[:1]
+        raise ResultError(
+            found=f"{what}: {key.arm} and {other} replayed different rollouts of {odd[0]}",
+            expected="one cache and target for every arm of a report",
+            todo="run dvc repro evaluate for both",
+        )
+
+
+def _index(results: Results, tables: Mapping[str, dict[Key, list[dict[str, Any]]]]) -> None:
+    """Arrays over one order of prompts per instrument."""
+    for columns in tables.values():
+        for key, rows in columns.items():
+            known = results.prompts.setdefault(key.instrument, [])
+            known.extend(sorted({row["prompt"] for row in rows} - set(known)))
+    places = {k: {p: n for n, p in enumerate(names)} for k, names in results.prompts.items()}
+    for columns in tables.values():
+        for key, rows in columns.items():
+            place = places[key.instrument]
+            order = [place[row["prompt"]] for row in rows]
+            arrays = {}
+            for name in COUNTS:
+                arrays[name] = np.zeros(len(place))
+                arrays[name][order] = [row[name] for row in rows]
+            results.rounds[key] = arrays
+
+
+def _add_depths(results: Results, rows: list[dict[str, Any]], arm: Arm) -> None:
+    for row in rows:
+        key = (arm.key, row["temperature"], row["depth"])
+        sums = results.depths.setdefault(key, dict.fromkeys(SUMS, 0.0))
+        for name in SUMS:
+            sums[name] += row[name] or 0

@@ -1,0 +1,212 @@
+"""The teacher-forced pass: every stored number against a plain forward of the sequence alone."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from pipeline.capture import CaptureConfig, fingerprint_of, law_of, layout_of
+from pipeline.target import Target
+from pipeline.teacher import Pass, batches
+from storage.codecs import decode_p, from_bf16_bits, p_error
+from storage.errors import DataError, TargetError
+from storage.record import Record, supervised
+from tests.targets import target_of
+
+PARAMS: dict[str, Any] = {
+    "mode": "topk",
+    "min_prob": 5e-3,
+    "max_kept": 20,
+    "tail_samples": 6,
+    "tail_full_mass": 0.05,
+    "tail_min_mass": 1e-4,
+    "hidden_layers": [0, 2],
+    "last_hidden": True,
+    "part_tokens": 60,
+    "batch_tokens": 64,
+    "seed": 0,
+    "threads": 1,
+}
+FILE = Path("sequences/train.parquet")
+
+
+def config_of(**changes: Any) -> CaptureConfig:
+    return CaptureConfig(**{**PARAMS, **changes})
+
+
+def rows_of(count: int = 7) -> list[dict[str, Any]]:
+    """Two turns each, and one sequence that nothing in is supervised."""
+    rng, rows = np.random.default_rng(0), []
+    for i in range(count):
+        length = 5 + (7 * i) % 19
+        turn = [-1, -1, 0, 0, 0, -1, -1, *[1] * (length - 7)][:length] if i != 3 else [-1] * length
+        tokens = rng.integers(0, 64, length).tolist()
+        rows.append({"id": f"s{i}", "domain": "d", "tokens": tokens, "turn": turn, "law": "T=1"})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def target(tiny_model: Any) -> Target:
+    return target_of(tiny_model())
+
+
+def captured(target: Target, rows: Any = None, **changes: Any) -> list[Record]:
+    config = config_of(**changes)
+    teacher = Pass(
+        target,
+        layout_of(target.spec, config),
+        rule=config.rule(),
+        batch_tokens=config.batch_tokens,
+        seed=config.seed,
+    )
+    return teacher.records(rows or rows_of())
+
+
+def exact(target: Target, row: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+    features = target.forward(torch.tensor([row["tokens"]]), layers=[0, 2])
+    logits = target.logits(features.last_hidden[0]).double()
+    return torch.log_softmax(logits, -1), features
+
+
+def test_records_hold_the_law_of_a_plain_forward(target: Target) -> None:
+    for row, record in zip(rows_of(), captured(target), strict=True):
+        logp_TV, _ = exact(target, row)
+        rows = supervised(record.turn)
+        assert record.id == row["id"]
+        assert record.tokens.tolist() == row["tokens"]
+        entry, draw = 0, 0
+        for t in range(len(rows)):
+            ids = record.topk_ids[entry : entry + record.kept[t]].astype(np.int64)
+            codes = record.topk_p[entry : entry + record.kept[t]]
+            tail = record.tail_ids[draw : draw + record.tail_kept[t]].astype(np.int64)
+            entry, draw = entry + record.kept[t], draw + record.tail_kept[t]
+            if not rows[t]:
+                assert record.kept[t] == record.token_logp[t] == record.tail_logp_mass[t] == 0
+                assert record.tail_kept[t] == 0
+                continue
+            p = logp_TV[t].exp().numpy()
+            assert set(ids) == set(np.argsort(-p)[: len(ids)])
+            assert p[ids].min() >= 5e-3 - 1e-6
+            assert len(ids) == 20 or np.delete(p, ids).max() < 5e-3 + 1e-6
+            assert np.all(np.abs(decode_p(codes) - p[ids]) <= p_error(codes) + 1e-6)
+            assert record.token_logp[t] == pytest.approx(np.log(p[row["tokens"][t + 1]]), abs=1e-4)
+            assert np.exp(record.tail_logp_mass[t]) == pytest.approx(np.delete(p, ids).sum(), 1e-3)
+            assert not set(tail) & set(ids)
+        assert entry == len(record.topk_ids)
+        assert draw == len(record.tail_ids)
+
+
+def test_records_hold_the_features_of_a_plain_forward(target: Target) -> None:
+    for row, record in zip(rows_of(), captured(target), strict=True):
+        _, features = exact(target, row)
+        assert record.hidden is not None
+        assert record.last_hidden is not None
+        close = {"rtol": 2**-8, "atol": 1e-5}
+        np.testing.assert_allclose(from_bf16_bits(record.hidden), features.hidden[0], **close)
+        np.testing.assert_allclose(
+            from_bf16_bits(record.last_hidden), features.last_hidden[0], **close
+        )
+
+
+def test_full_records_hold_every_log_probability(target: Target) -> None:
+    full = captured(target, mode="full", hidden_layers=[], last_hidden=False)
+    for row, record in zip(rows_of(), full, strict=True):
+        logp_TV, _ = exact(target, row)
+        rows = supervised(record.turn)
+        assert record.logits is not None
+        assert record.hidden is None
+        assert not record.kept.any()
+        np.testing.assert_allclose(
+            from_bf16_bits(record.logits), logp_TV[torch.from_numpy(rows)], rtol=2**-8, atol=1e-5
+        )
+
+
+def test_tail_samples_do_not_depend_on_the_batch(target: Target) -> None:
+    together, alone = captured(target), captured(target, batch_tokens=1)
+    for a, b in zip(together, alone, strict=True):
+        assert a.tail_ids.tolist() == b.tail_ids.tolist()
+        assert a.topk_ids.tolist() == b.topk_ids.tolist()
+    other = captured(target, seed=1)
+    assert any(
+        a.tail_ids.tolist() != b.tail_ids.tolist() for a, b in zip(together, other, strict=True)
+    )
+
+
+def test_batches_stay_within_their_tokens() -> None:
+    lengths = [3, 50, 9, 9, 70, 1, 20]
+    found = batches(lengths, 64)
+    assert found == [[4], [1], [6, 2, 3], [0, 5]]
+
+
+def test_logits_that_are_not_finite_name_sequence_and_position(tiny_model: Any) -> None:
+    model = tiny_model()
+    rows = rows_of()
+    model.model.embed_tokens.weight[rows[5]["tokens"][3]] = torch.nan
+    with pytest.raises(TargetError, match=r"logits at sequence 's\d', position \d+ are NaN or inf"):
+        captured(target_of(model))
+    only = [rows[5]]
+    with pytest.raises(TargetError, match=r"logits at sequence 's5', position 3 are NaN"):
+        captured(target_of(model), rows=only)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tokens": [1] * 257, "turn": [0] * 257}, "has 257 tokens"),
+        ({"tokens": [1, 64], "turn": [0, 0]}, "holds the token id 64"),
+        ({"tokens": [], "turn": []}, "has 0 tokens and 0 turns"),
+        ({"tokens": [1, 2], "turn": [0]}, "has 2 tokens and 1 turns"),
+    ],
+)
+def test_a_sequence_that_does_not_fit_is_named(
+    target: Target, change: dict[str, Any], said: str
+) -> None:
+    rows = rows_of()
+    rows[4] = {**rows[4], **change}
+    with pytest.raises(DataError, match=f"train.parquet: sequence 's4' {said}; .* ids below 64"):
+        law_of(rows, target.spec, path=FILE)
+
+
+def test_sequences_of_two_laws_are_refused(target: Target) -> None:
+    rows = rows_of()
+    assert law_of(rows, target.spec, path=FILE) == "T=1"
+    with pytest.raises(DataError, match=r"sequences of T=1 and data; expected .* all of one law"):
+        law_of([*rows, {**rows[0], "law": "data"}], target.spec, path=FILE)
+    with pytest.raises(DataError, match="no law: it is empty; expected at least one sequence"):
+        law_of([], target.spec, path=FILE)
+
+
+def test_the_last_index_is_no_hidden_layer(target: Target) -> None:
+    with pytest.raises(TargetError, match=r"hidden layer 4 .* indices 0 to 3 .* last_hidden"):
+        layout_of(target.spec, config_of(hidden_layers=[1, 4]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_layers": [1, 1]},
+        {"hidden_layers": [-1]},
+        {"min_prob": 1.0},
+        {"max_kept": 0},
+        {"max_kept": 65_536},
+        {"tail_samples": 256},
+        {"tail_full_mass": 0.0},
+        {"mode": "rebuild"},
+        {"batch_tokens": 0},
+    ],
+)
+def test_values_out_of_bounds_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(change))):
+        config_of(**change)
+
+
+def test_the_fingerprint_names_target_sequences_and_parameters(target: Target) -> None:
+    def of(fingerprint: str = "tiny", digest: str = "a", **changes: Any) -> str:
+        spec = target.spec.model_copy(update={"fingerprint": fingerprint})
+        return fingerprint_of(spec, config_of(**changes), {"train": digest})
+
+    assert of() == of()
+    assert len({of(), of("other"), of(digest="b"), of(min_prob=1e-3), of(seed=1)}) == 5

@@ -1,0 +1,138 @@
+"""Where work runs changes neither results nor what the user reads."""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.cluster import Cluster, ClusterConfig, device, open_cluster
+from pipeline.config import parse
+from storage.errors import ConfigError, TargetError, WorkspaceError
+
+
+def square(unit: int) -> tuple[int, int]:
+    """Later units are done earlier."""
+    time.sleep(0.05 * (4 - unit % 4))
+    return unit * unit, torch.get_num_threads()
+
+
+def refuse(unit: int) -> int:
+    if unit == 2:
+        raise TargetError(found="NaN at unit 2", expected="numbers", todo="mend the target")
+    return unit
+
+
+def die_once(unit: tuple[int, str]) -> int:
+    number, folder = unit
+    with (Path(folder) / "runs").open("a") as log:
+        log.write(f"{number}\n")
+    marker = Path(folder) / "died"
+    if number == 1 and not marker.exists():
+        marker.touch()
+        os._exit(1)
+    return number
+
+
+def die(unit: int) -> int:
+    os._exit(1)
+
+
+def config_of(**changes: Any) -> ClusterConfig:
+    return ClusterConfig(**{"workers": 1, "device": "cpu", "address": None, **changes})
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("cluster"))
+    try:
+        with open_cluster(config_of(workers=2), threads=1) as cluster:
+            yield cluster
+    finally:
+        os.chdir(before)
+
+
+def test_results_come_in_the_order_of_the_units(two: Cluster) -> None:
+    wanted = [(unit * unit, 1) for unit in range(9)]
+    assert list(two.map(square, range(9))) == wanted
+    with open_cluster(config_of(), threads=1) as one:
+        assert list(one.map(square, range(9))) == wanted
+
+
+def test_an_error_for_the_user_arrives_as_it_was_raised(two: Cluster) -> None:
+    with open_cluster(config_of(), threads=1) as one:
+        for cluster in (one, two):
+            with pytest.raises(TargetError, match="NaN at unit 2; expected numbers; mend the tar"):
+                list(cluster.map(refuse, range(50)))
+
+
+def test_a_worker_that_dies_costs_its_unit_only(two: Cluster, tmp_path: Path) -> None:
+    units = [(number, str(tmp_path)) for number in range(6)]
+    assert list(two.map(die_once, units)) == list(range(6))
+    runs = (tmp_path / "runs").read_text().split()
+    assert runs.count("1") == 2
+
+
+def test_a_unit_that_kills_every_worker_is_named(two: Cluster) -> None:
+    with pytest.raises(WorkspaceError, match=r"a worker process died .* at unit 1 of 1; expected"):
+        list(two.map(die, [0]))
+    assert list(two.map(square, [3])) == [(9, 1)]
+
+
+def test_threads_are_given_back() -> None:
+    before = torch.get_num_threads()
+    with open_cluster(config_of(), threads=before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("address", ["nonsense", "foo://127.0.0.1:1", "tcp://127.0.0.1:9"])
+def test_an_address_without_a_scheduler_is_named_in_time(address: str) -> None:
+    started = time.monotonic()
+    with (
+        pytest.raises(ConfigError, match=f"no dask workers at cluster.address '{address}'"),
+        open_cluster(config_of(address=address), threads=1),
+    ):
+        pass
+    assert time.monotonic() - started < 10
+
+
+def test_a_server_that_is_no_scheduler_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(100)
+                connection.sendall(b"HTTP/1.0 501 Not Implemented\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        with (
+            pytest.raises(ConfigError, match=r"a dask scheduler with workers that answers within"),
+            open_cluster(config_of(address=address), threads=1),
+        ):
+            pass
+
+
+def test_devices_are_found_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device(config_of(device="auto")) == "cpu"
+    with pytest.raises(ConfigError, match="cluster.device is cuda, and torch sees no CUDA device"):
+        device(config_of(device="cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device(config_of(device="auto")) == "cuda"
+    assert device(config_of(device="cpu")) == "cpu"
+
+
+@pytest.mark.parametrize(("key", "value"), [("workers", 0), ("device", "tpu"), ("address", 3)])
+def test_bad_values_are_refused(key: str, value: Any) -> None:
+    section = {"workers": 1, "device": "cpu", "address": None, key: value}
+    with pytest.raises(ConfigError, match=f"cluster.{key} is"):
+        parse("cluster", section, ClusterConfig)

@@ -1,0 +1,466 @@
+"""`evaluate` on a tiny target with a real cache and drafts of every kind."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from subprocess import run as run_process
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ruamel.yaml import YAML
+from torch.nn.functional import cross_entropy
+
+from pipeline.capture import CaptureConfig, layout_of
+from pipeline.checkpoint import save_draft
+from pipeline.config import read_params
+from pipeline.dataset import collate
+from pipeline.draft import Shape, find
+from pipeline.pin import Origin, pin
+from pipeline.seeds import uniforms
+from pipeline.speculate import Rules, decode
+from pipeline.target import Target, load_target, read_interface
+from pipeline.teacher import Pass
+from stages import evaluate
+from storage.errors import ConfigError, DraftError, FingerprintMismatch, ResultError
+from storage.reader import Cache
+from storage.record import Record
+from storage.tables import DEPTHS, ROUNDS, read_table
+from storage.writer import seal, write_part
+
+V, NEW, NUM_PROMPTS = 64, 24, 120
+KINDS = {
+    "lm": {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 32},
+    "medusa": {"num_heads": 3, "num_layers": 1},
+    "eagle3": {
+        "depth": 3,
+        "num_heads": 2,
+        "intermediate_size": 32,
+        "norm_before_residual": False,
+        "norm_before_fc": False,
+        "norm_output": False,
+        "draft_vocab_size": 48,
+    },
+}
+ROOT = Path(__file__).parents[2]
+
+
+def write_target(folder: Path, model: Any) -> Target:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(V)}, unk_token="w1"))
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0").save_pretrained(folder)
+    pin(folder, folder, origin=Origin("embedded", "."))
+    return load_target(folder)
+
+
+def roll_out(target: Target, temperature: float, *, seed: int = 2) -> list[dict[str, Any]]:
+    """The target's own responses, as the table of sequences has them."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 9, (NUM_PROMPTS,), generator=generator).tolist()
+    prompts = [torch.randint(1, V, (n,), generator=generator) for n in lengths]
+    rules = Rules(gamma=0, temperature=temperature, max_new_tokens=NEW, eos_ids=(0,))
+    drawn = torch.stack([uniforms(seed, i, n=rules.num_uniforms) for i in range(NUM_PROMPTS)])
+    decoded, _ = decode(target, None, prompts, rules, uniforms_BU=drawn)
+    return [
+        {
+            "id": f"p{i}",
+            "domain": ("code", "prose", "maths")[i % 3],
+            "tokens": [*prompt.tolist(), *row.tokens],
+            "turn": [-1] * len(prompt) + [0] * len(row.tokens),
+        }
+        for i, (prompt, row) in enumerate(zip(prompts, decoded, strict=True))
+    ]
+
+
+def write_cache(
+    path: Path, target: Target, rows: list[dict[str, Any]], /, **source: str
+) -> list[Record]:
+    params = read_params(ROOT / "params.yaml")["capture"]
+    config = CaptureConfig(**params)
+    layout = layout_of(target.spec, config)
+    teacher = Pass(target, layout, rule=config.rule(), batch_tokens=4096, seed=0)
+    records = teacher.records([{**row, "law": source["law"]} for row in rows])
+    path.mkdir(parents=True)
+    half = len(records) // 2
+    parts = [
+        write_part(path, index, some, layout)
+        for index, some in enumerate((records[:half], records[half:]))
+    ]
+    given = {"target": target.spec.fingerprint, **source}
+    seal(path, layout=layout, parts=parts, source=given, params={})
+    return records
+
+
+def write_draft(folder: Path, kind: str, target: Target, records: list[Record]) -> None:
+    """A draft after a few steps of maximum likelihood, so that some of its tokens are accepted."""
+    module, home = find(kind), folder.parents[3]
+    section = {"kind": kind, "lr_scale": 1.0, "steps_scale": 1.0, **KINDS[kind]}
+    config = module.Config(**section)
+    shape = Shape(vocab_size=V, hidden_size=target.spec.hidden_size)
+    d2t = torch.arange(48) if "draft_vocab_size" in section else None
+    draft = module.Model.build(config, shape, read_interface(home / "target"), 0, d2t=d2t)
+    layout = Cache.open(home / "cache/heldout.zarr").layout
+    batch = collate(records[:60], layout)
+    optimizer = torch.optim.Adam([p for p in draft.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(30):
+        loss = torch.zeros(())
+        for k, logits in enumerate(draft.training_logits(batch, module.Model.loss_depth(config))):
+            token = batch.pairs(k).token
+            seen = token < logits.shape[1]
+            loss = loss + cross_entropy(logits[seen], token[seen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    meta = {"target": target.spec.fingerprint, "draft": kind, "objective": "kl"}
+    save_draft(folder, draft, config=section, meta=meta, shape=shape)
+
+
+def write_params(folder: Path, **evaluate: Any) -> None:
+    params = read_params(ROOT / "params.yaml")
+    params["evaluate"] |= {
+        "depth": 5,
+        "batch_sequences": 50,
+        "decode_prompts": 90,
+        "decode_new_tokens": 20,
+        "decode_batch": 60,
+        "temperatures": [0, 1],
+    } | evaluate
+    params["cluster"]["workers"] = 1
+    cell = {"seed": 0, "objectives": ["kl"]}
+    params["starts"] = {f"{k}-0": {"draft": k, "kind": k, **cell} for k in KINDS}
+    params["arms"] = {
+        f"{k}-kl-0": {
+            "draft": k,
+            "kind": k,
+            "objective": "kl",
+            "loss": "kl",
+            "seed": 0,
+            "start": f"{k}-0",
+        }
+        for k in KINDS
+    }
+    YAML().dump(params, folder / "params.yaml")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any) -> Path:
+    folder = tmp_path_factory.mktemp("project")
+    target = write_target(folder / "target", tiny_model(seed=3))
+    # a draft knows its training text too well: replayed on it, τ would be higher than decoded
+    learned = roll_out(target, 1.0, seed=3)
+    records = write_cache(folder / "cache/train.zarr", target, learned, law="T=1")
+    write_cache(folder / "cache/heldout.zarr", target, roll_out(target, 1.0), law="T=1")
+    write_cache(folder / "cache/greedy.zarr", target, roll_out(target, 0.0), law="T=0")
+    for kind in KINDS:
+        write_draft(folder / f"drafts/{kind}-0/kl/model", kind, target, records)
+    write_params(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(project)
+    yield project
+    write_params(project)
+
+
+def run_stage(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate", f"{kind}-0"])
+    evaluate.main()
+
+
+@pytest.fixture(scope="module")
+def scored(project: Path) -> Path:
+    """The project after every start was evaluated once."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(project)
+        for kind in KINDS:
+            run_stage(kind, monkeypatch)
+    return project
+
+
+def rounds_of(kind: str, instrument: str, temperature: float) -> dict[str, dict[str, Any]]:
+    rows = read_table(Path(f"results/{kind}-0/arms/kl.rounds.parquet"), ROUNDS)
+    gamma = 3 if kind == "medusa" else 4
+    return {
+        row["prompt"]: row
+        for row in rows
+        if (row["instrument"], row["temperature"], row["gamma"]) == (instrument, temperature, gamma)
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_decoding_counts_what_replay_predicts(scored: Path, kind: str) -> None:
+    """Prompt by prompt and exactly: tokens, rounds, drafted and accepted."""
+    predicted, measured = (rounds_of(kind, name, 0.0) for name in ("replay_decode", "decode"))
+    assert len(measured) == 90
+    assert predicted.keys() == measured.keys()
+    for prompt, row in measured.items():
+        for column in ("tokens", "rounds", "drafted", "accepted", "domain"):
+            assert row[column] == predicted[prompt][column], (prompt, column)
+    assert sum(row["accepted"] for row in measured.values()) > 50
+    metrics = json.loads(Path(f"results/{kind}-0/metrics.json").read_text())["kl"]
+    assert metrics["greedy_identical"] == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sampled_decoding_agrees_with_replay(scored: Path, kind: str) -> None:
+    """τ of other samples of the same prompts, within 3.3 standard errors (1 in 1000)."""
+    tau, variance = [], 0.0
+    for name in ("replay_decode", "decode"):
+        rows = rounds_of(kind, name, 1.0)
+        tokens, rounds = (
+            np.array([rows[p][c] for p in sorted(rows)]) for c in ("tokens", "rounds")
+        )
+        tau.append(tokens.sum() / rounds.sum())
+        variance += (tokens - tau[-1] * rounds).var() * len(rows) / rounds.sum() ** 2
+    assert abs(tau[1] - tau[0]) <= 3.3 * variance**0.5
+    assert tau[0] > 1.05
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tables_and_metrics_say_the_same(scored: Path, kind: str) -> None:
+    metrics = json.loads(Path(f"results/{kind}-0/metrics.json").read_text())["kl"]
+    depths = read_table(Path(f"results/{kind}-0/arms/kl.depths.parquet"), DEPTHS)
+    assert {row["depth"] for row in depths} == set(range(3 if kind == "medusa" else 5))
+    for t in (0.0, 1.0):
+        rows = rounds_of(kind, "replay", t)
+        assert len(rows) == NUM_PROMPTS
+        tau = sum(r["tokens"] for r in rows.values()) / sum(r["rounds"] for r in rows.values())
+        gamma = "3" if kind == "medusa" else "4"
+        assert metrics[f"T={t:g}"]["tau"]["replay"][gamma] == pytest.approx(tau, abs=1e-6)
+    for row in depths:
+        assert row["survive"] <= row["accept"] + 1e-9 <= row["anchors"] + 1e-6
+        if row["temperature"] == 0:
+            assert row["alpha"] is row["alpha_lo"] is row["alpha_hi"] is None
+        else:
+            assert row["alpha_lo"] <= row["alpha_hi"]
+    first = [row for row in depths if row["depth"] == 0 and row["temperature"] == 1]
+    sums = {n: sum(r[n] for r in first) for n in ("alpha_lo", "alpha", "accept", "alpha_hi")}
+    anchors = sum(row["anchors"] for row in first)
+    assert sums["alpha_lo"] <= sums["alpha"] <= sums["alpha_hi"]
+    # both estimate the same mean, the one by every token's law and the other by the token alone
+    assert abs(sums["accept"] - sums["alpha"]) / anchors < 0.03
+
+
+def test_block_verification_is_replayed_beside(scored: Path) -> None:
+    token, block = (rounds_of("eagle3", n, 1.0) for n in ("replay", "replay_block"))
+    assert token.keys() == block.keys()
+    assert sum(r["rounds"] for r in block.values()) < sum(r["rounds"] for r in token.values())
+    assert not rounds_of("eagle3", "replay_block", 0.0)
+
+
+def test_times_are_kept_out_of_results(scored: Path) -> None:
+    times = json.loads(Path("timings/evaluate-eagle3-0.json").read_text())
+    assert times["seconds"] > 0
+    for name in ("plain T=0", "plain T=1", "kl T=0", "kl T=1"):
+        assert times[f"{name} tokens_per_s"] > 0
+        assert times[f"{name} target_step_s"] > 0
+    assert times["kl T=1 draft_step_s"] > 0
+    assert "_s" not in Path("results/eagle3-0/metrics.json").read_text()
+
+
+def test_the_same_work_gives_the_same_bytes(scored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [p for p in Path("results/medusa-0").rglob("*") if p.is_file()]
+    before = {p: p.read_bytes() for p in names}
+    assert len(before) == 3
+    run_stage("medusa", monkeypatch)
+    assert {p: p.read_bytes() for p in names} == before
+
+
+def test_jobs_do_not_depend_on_their_order(scored: Path) -> None:
+    from pipeline.evaluate import EvaluateConfig, run_job
+    from pipeline.schedule import open_bench, plan
+
+    config = EvaluateConfig(**read_params()["evaluate"])
+    folders = [Path("drafts/lm-0/kl/model"), Path("drafts/eagle3-0/kl/model")]
+    bench = open_bench(evaluate.TARGET, evaluate.CACHES, folders, config=config, device="cpu")
+    jobs = plan(bench, folders, decode=True)[:9]
+    forth = [run_job(bench, job).rounds for job in jobs]
+    back = [run_job(bench, job).rounds for job in reversed(jobs)]
+    assert forth == back[::-1]
+
+
+def test_other_seeds_are_replayed_only(scored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_params(scored, decode_seeds=[1])
+    run_stage("lm", monkeypatch)
+    rows = read_table(Path("results/lm-0/arms/kl.rounds.parquet"), ROUNDS)
+    assert {row["instrument"] for row in rows} == {"replay", "replay_block"}
+    times = json.loads(Path("timings/evaluate-lm-0.json").read_text())
+    assert list(times) == ["seconds"]
+
+
+def test_a_law_without_rollouts_is_decoded_only(
+    scored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_params(scored, temperatures=[0.7], decode_prompts=6)
+    run_stage("medusa", monkeypatch)
+    rows = read_table(Path("results/medusa-0/arms/kl.rounds.parquet"), ROUNDS)
+    assert {(row["instrument"], row["temperature"]) for row in rows} == {("decode", 0.7)}
+    assert {row["domain"] for row in rows} == {"code", "prose", "maths"}
+
+
+def test_a_replay_never_imports_transformers() -> None:
+    code = "import sys, stages.evaluate; sys.exit('transformers' in sys.modules)"
+    assert run_process([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_bad_sections_are_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for bad, sentence in (
+        (
+            {"temperatures": []},
+            r"evaluate.temperatures is \[\]; expected list should have at least 1",
+        ),
+        ({"temperatures": [-1]}, "expected input should be greater than or equal to 0"),
+        ({"decode_new_tokens": 1}, "evaluate.decode_new_tokens is 1; .* greater than 1"),
+        ({"features": "bf16"}, "evaluate.features is 'bf16'; expected input should be 'cache'"),
+    ):
+        write_params(project, **bad)
+        with pytest.raises(ConfigError, match=sentence):
+            run_stage("lm", monkeypatch)
+
+
+def test_a_response_longer_than_the_rollouts_is_refused(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_params(project, decode_new_tokens=NEW + 1)
+    with pytest.raises(
+        ConfigError,
+        match=r"decode_new_tokens is 25, but the rollout of p\d+ was cut at 24 tokens; expected at "
+        r"most generate.max_new_tokens",
+    ):
+        run_stage("lm", monkeypatch)
+
+
+def small_rows(turns: list[int]) -> list[dict[str, Any]]:
+    tokens = list(range(1, 1 + len(turns)))
+    return [{"id": f"p{i}", "domain": "code", "tokens": tokens, "turn": turns} for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("law", "source", "turns", "error", "sentence"),
+    [
+        (
+            "T=1",
+            {"law": "data"},
+            [-1, 0, 0],
+            ResultError,
+            "holds sequences of data; expected the pinned target's own samples at T=1, since",
+        ),
+        (
+            "T=1",
+            {"law": "T=1"},
+            [-1, 0, 0],
+            ResultError,
+            r"no rollout of the prompt p\d+ at T = 1; expected rollouts of the same held-out",
+        ),
+        ("T=0", {"law": "T=0", "target": "other"}, [-1, 0, 0], FingerprintMismatch, "other"),
+        (
+            "T=0",
+            {"law": "T=0"},
+            [-1, 0, 0, 1, 1],
+            ResultError,
+            "sequence p0 is not one prompt with one response after it; expected a place",
+        ),
+    ],
+    ids=["data's own text", "other prompts", "another target", "two turns"],
+)
+def test_caches_that_cannot_be_replayed_are_refused(
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    law: str,
+    source: dict[str, str],
+    turns: list[int],
+    error: type[Exception],
+    sentence: str,
+) -> None:
+    target = load_target(project / "target")
+    write_cache(tmp_path / "other.zarr", target, small_rows(turns), **source)
+    monkeypatch.setitem(evaluate.CACHES, law, tmp_path / "other.zarr")
+    with pytest.raises(error, match=sentence):
+        run_stage("lm", monkeypatch)
+
+
+def test_an_empty_cache_is_refused(
+    project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    layout = Cache.open(project / "cache/heldout.zarr").layout
+    given = {"target": load_target(project / "target").spec.fingerprint, "law": "T=1"}
+    (tmp_path / "empty.zarr").mkdir()
+    seal(tmp_path / "empty.zarr", layout=layout, parts=[], source=given, params={})
+    monkeypatch.setitem(evaluate.CACHES, "T=1", tmp_path / "empty.zarr")
+    with pytest.raises(ResultError, match="holds no sequence; expected held-out rollouts; raise"):
+        run_stage("lm", monkeypatch)
+
+
+def test_a_draft_of_another_target_is_refused(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = project / "drafts/lm-0/kl/model/config.json"
+    saved = config.read_text()
+    try:
+        config.write_text(json.dumps({**json.loads(saved), "source": {"target": "other"}}))
+        with pytest.raises(DraftError, match="was trained for the target other; expected the pinn"):
+            run_stage("lm", monkeypatch)
+    finally:
+        config.write_text(saved)
+
+
+def test_prompts_are_balanced_over_domains() -> None:
+    from pipeline.schedule import balanced
+
+    domains = ["a"] * 10 + ["b"] * 3 + ["c"] * 7
+    chosen = balanced(domains, 12)
+    assert [sum(domains[i] == d for i in chosen) for d in "abc"] == [5, 3, 4]
+    assert chosen == sorted(chosen)
+    assert balanced(domains, 99) == list(range(20))
+
+
+def test_a_rollout_is_replayed_as_the_decoder_would_cut_it(project: Path) -> None:
+    """Shifts, pruning and cuts against the slow obvious way, on eagle3 and lm."""
+    from pipeline.score import rollouts, score
+
+    cache = Cache.open(project / "cache/heldout.zarr")
+    batch = collate(cache.records(range(7)), cache.layout)
+    from pipeline.checkpoint import load_draft
+
+    shape = Shape(vocab_size=V, hidden_size=32)
+    for kind in ("lm", "eagle3"):
+        interface = read_interface(project / "target")
+        draft = load_draft(project / f"drafts/{kind}-0/kl/model", interface, shape)
+        with torch.no_grad():
+            scores = score(draft, batch, depth=4, temperature=1)
+            logits = list(draft.training_logits(batch, 1 if kind == "lm" else 4))
+        found = rollouts(scores, batch, max_new_tokens=9)
+        assert found.remaining.tolist() == [
+            min(int((batch.turn[b] == 0).sum()) - 1, 8) for b in range(7)
+        ]
+        for b in range(7):
+            first = int((batch.turn[b] == 0).nonzero()[0])
+            for s in range(int(found.remaining[b])):
+                for k in range(min(4, int((batch.turn[b] == 0).sum()) - 1 - s)):
+                    depth, shift = (0, k) if kind == "lm" else (k, 0)
+                    anchor = b * batch.tokens.shape[1] + first - 1 + s + shift
+                    row = int((batch.pairs(depth).anchor == anchor).nonzero())
+                    token = int(batch.tokens[b, first + 1 + s + k])
+                    logq = logits[depth][row].double().log_softmax(-1)
+                    logp = float(batch.token_logp[b, first + s + k])
+                    wanted = float(logq[token]) - logp if token < len(logq) else -np.inf
+                    assert found.logr[b, k, s] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_unpruned_greedy_matches_take_the_lowest_of_a_tie() -> None:
+    from pipeline.score import match_logr, token_logq
+
+    logits = torch.tensor([[0.0, 2.0, 2.0], [1.0, 0.0, 0.0]])
+    d2t = torch.tensor([3, 5, 8])
+    assert match_logr(logits, torch.tensor([5, 4]), d2t=d2t).tolist() == [0.0, -torch.inf]
+    assert match_logr(logits, torch.tensor([2, 0]), d2t=None).tolist() == [-torch.inf, 0.0]
+    assert token_logq(logits, torch.tensor([4, 9]), d2t=d2t).tolist() == [-torch.inf] * 2
