@@ -136,9 +136,9 @@ def swatch(style: int) -> str:
 
 
 def _bar_words(bar: Bar) -> str:
-    thin = f" [{bar.thin[0]:+.2f}, {bar.thin[1]:+.2f}]" if bar.thin else ""
-    thick = f" [{bar.thick[0]:+.2f}, {bar.thick[1]:+.2f}]" if bar.thick and not thin else ""
-    return f"{bar.label} {bar.value:+.2f}{thin}{thick}".replace("-", "−")
+    ends = bar.thin or bar.thick
+    words = f", from {ends[0]:+.2f} to {ends[1]:+.2f}" if ends else ""
+    return f"{bar.label} {bar.value:+.2f}{words}".replace("-", "−")
 
 
 def _series(series: Series, across: "_Scale", up: "_Scale", *, joined: bool) -> str:

@@ -169,7 +169,7 @@ def _local(workers: int, threads: int) -> Iterator[Any]:
                 n_workers=workers,
                 processes=True,
                 threads_per_worker=1,
-                dashboard_address=None,
+                dashboard_address="127.0.0.1:0",  # None would still claim port 8787
                 memory_limit=0,  # a limit would pause or kill workers; stages bound their batches
                 silence_logs=logging.CRITICAL,
                 local_directory=str(scratch),

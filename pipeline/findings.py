@@ -99,6 +99,8 @@ class Depth:
 class Findings:
     """Everything that the report prints of the arms."""
 
+    gammas: list[int]
+    """Those of the parameters that a draft reaches; the first is the primary one."""
     tau: list[Tau]
     comparisons: list[Comparison]
     predictions: list[Prediction]
@@ -110,16 +112,21 @@ class Findings:
     prompts: int
     domains: list[str]
 
-    def primary(self, gamma: int) -> list[Comparison]:
-        """The comparisons of one γ on all domains."""
+    def overall(self, gamma: int) -> list[Comparison]:
+        """The comparisons of one γ on all domains: a family; that of the first γ is primary."""
         return [c for c in self.comparisons if c.gamma == gamma and c.domain == ALL]
 
 
 def find(results: Results, config: ReportConfig) -> Findings:
     """All numbers of a report."""
-    predictions, points = _predictions(results, config)
     domains = results.domains()
+    replayed = {key.gamma for key in results.rounds if key.instrument == REPLAY}
+    # a γ that no draft reaches (MEDUSA stops at its heads) has nothing to show
+    gammas = [gamma for gamma in config.gammas if gamma in replayed] or [max(replayed)]
+    config = config.model_copy(update={"gammas": gammas})
+    predictions, points = _predictions(results, config)
     return Findings(
+        gammas=gammas,
         tau=_taus(results, config, domains),
         comparisons=[
             comparison

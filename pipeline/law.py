@@ -2,7 +2,7 @@
 
 Dims: R rows (tokens whose next token is supervised), E entries of all rows together, V vocabulary.
 
-A sparse law is a sum of weighted entries (DESIGN §5, MATHS): a kept id has weight 1; each of a
+A sparse law is a sum of weighted entries (DESIGN §5, MATHS (5)): a kept id has weight 1; each of a
 row's M tail samples v ~ p restricted to the tail has weight r / (M p_v), so that
 
     α̂  = Σ_e weight_e · min(p_e, q_e)          + min(bucket, q_rest)

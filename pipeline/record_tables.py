@@ -49,11 +49,11 @@ def cost_tables(results: Results, timings: Mapping[str, Json]) -> list[Table]:
         Column("seconds", "seconds in all", digits=1),
         Column("seconds_each", "seconds each", digits=1),
     ]
-    cost = Table("Cost, seconds of wall clock on the machine of the run", columns, rows)
-    return [cost, *_speed_tables(results, timings)]
+    table = Table("Cost, seconds of wall clock on the machine of the run", columns, rows)
+    return [table] if rows else []
 
 
-def _speed_tables(results: Results, timings: Mapping[str, Json]) -> list[Table]:
+def speed_tables(results: Results, timings: Mapping[str, Json]) -> list[Table]:
     """Decoded tokens per second beside plain decoding through the same loop, where measured."""
     rows: list[dict[str, Cell]] = []
     for arm in results.arms:
@@ -88,8 +88,8 @@ def _cost(what: str, runs: int, seconds: float) -> dict[str, Cell]:
     return {"what": what, "runs": runs, "seconds": seconds, "seconds_each": seconds / runs}
 
 
-def cache_tables(report: Json) -> list[Table]:
-    """Bytes a token by array, and what the kept ids cover; one column a split."""
+def rate_tables(report: Json) -> list[Table]:
+    """Bytes a token by array, one column a split."""
     splits: Mapping[str, Json] = report.get("splits", {})
     rates = {name: split.get("bytes_per_token", {}) for name, split in splits.items()}
     arrays = dict.fromkeys(array for rate in rates.values() for array in rate)
@@ -102,12 +102,13 @@ def cache_tables(report: Json) -> list[Table]:
         rows.append({"what": "all arrays", **{n: float(sum(r.values())) for n, r in rates.items()}})
     total = frozenset((len(rows) - 1, name) for name in splits)
     what, numbers = Column("what", "array"), [Column(s, s) for s in splits]
-    bytes_table = Table("Bytes a token on disk, by array and split", [what, *numbers], rows, total)
-    return [table for table in (bytes_table, _coverage_table(splits)) if table.rows]
+    table = Table("Bytes a token on disk, by array and split", [what, *numbers], rows, total)
+    return [table] if rows else []
 
 
-def _coverage_table(splits: Mapping[str, Json]) -> Table:
+def coverage_tables(report: Json) -> list[Table]:
     """Every other number of the cache report, in its order."""
+    splits: Mapping[str, Json] = report.get("splits", {})
     names: dict[str, str] = {}
     for split in splits.values():
         for group, value in split.items():
@@ -123,7 +124,7 @@ def _coverage_table(splits: Mapping[str, Json]) -> Table:
     ]
     columns = [Column("what", "what"), *(Column(s, s, digits=SIGNIFICANT) for s in splits)]
     caption = "Coverage of the target's law by what is kept, by split; means over supervised rows"
-    return Table(caption, columns, rows)
+    return [Table(caption, columns, rows)] if rows else []
 
 
 def _at(split: Json, path: str) -> Cell:

@@ -26,7 +26,13 @@ from pipeline.exhibits import (
 )
 from pipeline.findings import Comparison, Findings, ReportConfig
 from pipeline.page import Table, render, to_csv, to_markdown
-from pipeline.record_tables import cache_tables, cost_tables, facts
+from pipeline.record_tables import (
+    cost_tables,
+    coverage_tables,
+    facts,
+    rate_tables,
+    speed_tables,
+)
 from pipeline.results import ALL, Results
 from pipeline.statistics import MIN_SEEDS, verdict
 
@@ -67,45 +73,59 @@ class Report:
 
 def build(results: Results, found: Findings, config: ReportConfig, *, records: Records) -> Report:
     """All texts of a report; the same input gives the same bytes."""
-    # a γ that no draft reaches (MEDUSA stops at its heads) has no table
-    gammas = [g for g in config.gammas if any(t.gamma == g for t in found.tau)] or [
-        max(t.gamma for t in found.tau)
-    ]
-    primary = found.primary(gammas[0])
-    costs = cost_tables(results, records.timings)
-    tables: dict[str, list[Table]] = {
-        "tau": [tau_table(found, gamma) for gamma in gammas],
-        "differences": _difference_tables(found, gammas, config),
-        "alpha": [alpha_table(found)],
-        "predicted": [predicted_table(found)],
-        "cache": cache_tables(records.cache),
-        "cost": costs,
-        "blocks": _block_tables(found, gammas[0]),
+    tables = _tables(results, found, config, records=records)
+    files = {
+        f"{name}.md": "\n".join(map(to_markdown, several))
+        for name, several in tables.items()
+        if several
     }
-    long = {
-        **{name: tabled[0] for name, tabled in tables.items() if tabled},
-        "tau": tau_long(found),
-    }
-    long["differences"] = difference_table(
+    # a CSV is one table, and the whole of it: every γ and domain, one a row
+    whole = {name: several[0] for name, several in tables.items() if several}
+    whole["tau"] = tau_long(found)
+    whole["differences"] = difference_table(
         found.comparisons, baseline=config.baseline, caption="Differences, one a row"
     )
-    files = {
-        f"{name}.md": "\n".join(map(to_markdown, tables[name])) for name in tables if tables[name]
+    files |= {f"{name}.csv": to_csv(table) for name, table in whole.items()}
+    content = _content(results, found, config, records=records)
+    files["index.html"] = render({**content, "tables": tables})
+    return Report(files, metrics(found))
+
+
+def _tables(
+    results: Results, found: Findings, config: ReportConfig, *, records: Records
+) -> dict[str, list[Table]]:
+    """Tables by the name of their files; one that has nothing to say is not there."""
+    return {
+        "tau": [tau_table(found, gamma) for gamma in found.gammas],
+        "differences": _difference_tables(found, config),
+        "blocks": _block_tables(found),
+        "alpha": [alpha_table(found)],
+        "predicted": [predicted_table(found)],
+        "cache": rate_tables(records.cache),
+        "coverage": coverage_tables(records.cache),
+        "cost": cost_tables(results, records.timings),
+        "speed": speed_tables(results, records.timings),
     }
-    files |= {f"{name}.csv": to_csv(table) for name, table in long.items()}
+
+
+def _content(
+    results: Results, found: Findings, config: ReportConfig, *, records: Records
+) -> dict[str, Any]:
+    """What the page says beside its tables."""
+    gamma = found.gammas[0]
+    primary = found.overall(gamma)
     style = styles(results.objectives(), config.baseline)
-    content = {
-        "headline": headline(primary, config.baseline, gammas[0]),
+    return {
+        "headline": headline(primary, config.baseline, gamma),
         "summary": _summary(results, found),
         "verdicts": verdicts(primary, config.baseline),
         "baseline": config.baseline,
-        "gamma": gammas[0],
+        "gamma": gamma,
         "confidence": f"{100 * config.confidence:g}",
         "resamples": f"{config.resamples:,}",
         "min_seeds": MIN_SEEDS,
         "withheld": sorted({c.draft for c in primary if c.difference.over_seeds is None}),
         "legend": [(name, swatch(k)) for name, k in style.items() if name in results.objectives()],
-        "tables": tables,
         "charts": {
             "forest": forest_charts(primary, style),
             "gamma": gamma_charts(found, style),
@@ -117,28 +137,27 @@ def build(results: Results, found: Findings, config: ReportConfig, *, records: R
         "sharpen": records.target.get("sharpen"),
         "facts": facts(records.target, records.cache, records.metrics, records.params),
     }
-    files["index.html"] = render(content)
-    return Report(files, metrics(found, gammas[0]))
 
 
-def _difference_tables(found: Findings, gammas: Sequence[int], config: ReportConfig) -> list[Table]:
+def _difference_tables(found: Findings, config: ReportConfig) -> list[Table]:
     """Primary table, the other γ, then by domain at the primary γ."""
     tables = []
-    for gamma in gammas:
-        rows = found.primary(gamma)
+    for gamma in found.gammas:
+        rows = found.overall(gamma)
         caption = f"Differences of τ to {config.baseline} at γ = {gamma}, all domains"
         if rows:
             tables.append(difference_table(rows, baseline=config.baseline, caption=caption))
-    by_domain = [c for c in found.comparisons if c.domain != ALL and c.gamma == gammas[0]]
+    by_domain = [c for c in found.comparisons if c.domain != ALL and c.gamma == found.gammas[0]]
     if by_domain:
-        caption = f"Differences of τ to {config.baseline} at γ = {gammas[0]}, by domain"
+        caption = f"Differences of τ to {config.baseline} at γ = {found.gammas[0]}, by domain"
         tables.append(difference_table(by_domain, baseline=config.baseline, caption=caption))
     return tables or [
         difference_table([], baseline=config.baseline, caption=f"No arm beside {config.baseline}")
     ]
 
 
-def _block_tables(found: Findings, gamma: int) -> list[Table]:
+def _block_tables(found: Findings) -> list[Table]:
+    gamma = found.gammas[0]
     if not found.blocks:
         return []
     caption = f"Block verification against token verification of the same arms at γ = {gamma}"
@@ -238,14 +257,15 @@ def agreement_words(found: Findings) -> list[str]:
     return sentences
 
 
-def metrics(found: Findings, gamma: int) -> dict[str, Any]:
+def metrics(found: Findings) -> dict[str, Any]:
     """The primary numbers, nested by draft, objective and temperature, for `dvc metrics diff`."""
     nested: dict[str, Any] = {}
+    gamma = found.gammas[0]
     for t in found.tau:
         if t.gamma == gamma and t.domain == ALL:
             leaf = {"tau": round(t.tau.estimate, 6)}
             nested.setdefault(t.draft, {}).setdefault(t.objective, {})[f"T{t.temperature:g}"] = leaf
-    for c in found.primary(gamma):
+    for c in found.overall(gamma):
         leaf = nested[c.draft][c.objective][f"T{c.temperature:g}"]
         shown = c.difference.verdict
         leaf["difference_percent"] = round(100 * shown.estimate, 4)

@@ -23,6 +23,7 @@ from storage.tables import DEPTHS, ROUNDS, read_table
 REPLAY, DECODE, REPLAY_DECODE = "replay", "decode", "replay_decode"
 BLOCK = "replay_block"
 ALL = "all"
+MIN_PROMPTS = 2
 COUNTS = ("tokens", "rounds", "drafted", "accepted")
 SUMS = ("anchors", "alpha", "alpha_lo", "alpha_hi", "accept", "survive")
 
@@ -124,6 +125,19 @@ def read_results(root: Path, arms: Sequence[Arm]) -> Results:
             for row in rows:
                 results.domain.setdefault(row["prompt"], row["domain"])
     _index(results, tables)
+    if REPLAY not in results.prompts:
+        raise ResultError(
+            found="no arm was replayed",
+            expected="rollouts of the target's own, which replay scores and engine: none lacks",
+            todo="set generate.engine: transformers and run dvc repro",
+        )
+    for instrument, prompts in results.prompts.items():
+        if len(prompts) < MIN_PROMPTS:
+            raise ResultError(
+                found=f"{instrument} was run on {len(prompts)} prompt",
+                expected=f"at least {MIN_PROMPTS}, because intervals are by prompt",
+                todo="raise prepare.heldout_prompts or evaluate.decode_prompts",
+            )
     return results
 
 

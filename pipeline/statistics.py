@@ -138,7 +138,7 @@ class Bootstrap:
         self._panel, self._contrasts_QC = panel, contrasts_QC
         self._resamples, self._seed = resamples, seed
         self.estimate = contrasts_QC @ log_tau(panel)
-        self._result = self._run(0.95, None)
+        self._result = self._run(0.95, None)  # the draws; their ends come when asked for
         self.draws_QR: Floats = np.asarray(self._result.bootstrap_distribution)
         self.error: Floats = self.draws_QR.std(axis=1, ddof=1)
 
@@ -174,7 +174,7 @@ class Bootstrap:
                 vectorized=True,
                 n_resamples=0 if before is not None else self._resamples,
                 confidence_level=confidence,
-                method="BCa",
+                method="percentile" if before is None else "BCa",
                 bootstrap_result=before,
                 rng=np.random.default_rng(self._seed),
             )

@@ -208,7 +208,7 @@ def _spread(
 
 
 class _Dense(torch.autograd.Function):
-    """MATHS (3), (4), (8) for full rows, with the same care for tiny α."""
+    """MATHS (3), (4), (7), (8) for full rows, with the same care for tiny α."""
 
     @staticmethod
     def forward(

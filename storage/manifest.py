@@ -156,6 +156,11 @@ class Manifest:
         return (text + "\n").encode("utf-8")
 
 
+def digest_line(manifest: bytes) -> bytes:
+    """The content of `manifest.sha256`, as `sha256sum -c` reads it."""
+    return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode("ascii")
+
+
 def read_manifest(cache: Path) -> Manifest:
     """Read and check manifest, format version and the manifest's own digest.
 
@@ -164,20 +169,17 @@ def read_manifest(cache: Path) -> Manifest:
     path = cache / MANIFEST
     try:
         content = path.read_bytes()
-        stated = (cache / MANIFEST_DIGEST).read_text(encoding="ascii").split()[:1]
+        stated = (cache / MANIFEST_DIGEST).read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise MissingManifest(
             found=f"{error.filename} does not exist" if cache.is_dir() else f"no folder {cache}",
             expected="a finished cache, whose manifest is written last",
             todo="run dvc repro, so that capture finishes it, or correct the path",
         ) from None
-    except UnicodeDecodeError:
-        stated = []
-    digest = hashlib.sha256(content).hexdigest()
-    if stated != [digest]:
+    if stated != digest_line(content):
         raise CorruptPart(
-            found=f"{path} has sha256 {digest[:12]}…",
-            expected=f"{stated[0][:12] if stated else 'a digest'}… as {MANIFEST_DIGEST} says",
+            found=f"{path} has sha256 {digest_line(content)[:12].decode()}…",
+            expected=f"what {MANIFEST_DIGEST} says, {stated[:12].decode('ascii', 'replace')}…",
             todo=REFILL,
         )
     return _parse(content, path)

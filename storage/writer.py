@@ -34,10 +34,11 @@ from storage.manifest import (
     FileEntry,
     Manifest,
     PartEntry,
+    digest_line,
     file_entries,
 )
 from storage.record import Record, supervised
-from storage.workspace import digest, file_digest, sync, sync_folder
+from storage.workspace import digest, remove, sync, sync_folder
 
 WRITE = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
 # zstd 9 gains 1 % over 3 and takes three times as long (reference/ecosystem.md §3.1)
@@ -132,7 +133,7 @@ def seal(
     for stale in (MANIFEST, MANIFEST_DIGEST):
         (folder / stale).unlink(missing_ok=True)
     for partial in folder.glob(".*.partial"):
-        shutil.rmtree(partial)
+        remove(partial)
     found = sorted(p.name for p in folder.glob("part-*"))
     names = [part.name for part in parts]
     if found != names or names != [part_name(index) for index in range(len(parts))]:
@@ -154,9 +155,8 @@ def seal(
     )
     content = manifest.encode()
     sync_folder(folder)
+    _write_synced(folder / MANIFEST_DIGEST, digest_line(content))
     _write_synced(folder / f".{MANIFEST}.partial", content)
-    line = f"{file_digest(folder / f'.{MANIFEST}.partial')}  {MANIFEST}\n"  # as sha256sum -c reads
-    _write_synced(folder / MANIFEST_DIGEST, line.encode("ascii"))
     (folder / f".{MANIFEST}.partial").rename(folder / MANIFEST)
     sync_folder(folder)
 

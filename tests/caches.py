@@ -4,6 +4,7 @@ The law of the next token depends on the last one alone, so that a draft of any 
 within seconds and the exact law of every row is at hand.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +131,7 @@ def write_target(folder: Path, *, vocab_size: int = V, hidden_size: int = D) -> 
     save_file(
         {**tensors, "norm": torch.ones(hidden_size)},
         folder / "interface" / "interface.safetensors",
-        metadata={"norm_offset": "0.0", "norm_eps": "1e-6"},
+        metadata={"norm": json.dumps({"eps": 1e-6, "offset": 0.0})},
     )
     spec = {
         "kind": "embedded",

@@ -58,8 +58,6 @@ from pipeline.seeds import generator
 from pipeline.vocab import require_d2t
 from storage.errors import DraftError
 
-INIT_STD = 0.02  # Llama's initializer_range
-
 
 class Config(DraftConfig):
     """Section `drafts.<name>` of kind `eagle3`."""
@@ -189,7 +187,7 @@ class Model(Draft):
         model = cls(config, target.embed, head=head, d2t=d2t)
         stream = generator(seed, "draft", "eagle3")
         for part in (model.fc, model.attention, model.mlp):
-            draw(part, stream, std=INIT_STD)
+            draw(part, stream)
         return model
 
     def _fuse(self, hidden: Tensor | None) -> Tensor:

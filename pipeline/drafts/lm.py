@@ -22,8 +22,6 @@ from pipeline.draft import Choose, Context, Draft, DraftConfig, Interface, Needs
 from pipeline.seeds import generator
 from storage.errors import DraftError
 
-INIT_STD = 0.02  # Llama's initializer_range
-
 
 class Config(DraftConfig):
     """Section `drafts.<name>` of kind `lm`."""
@@ -118,7 +116,7 @@ class Model(Draft):
                 todo="remove draft_vocab_size",
             )
         model = cls(config, shape)
-        draw(model, generator(seed, "draft", "lm"), std=INIT_STD)
+        draw(model, generator(seed, "draft", "lm"))
         return model
 
     def _logits(self, x: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def test_rope_is_that_of_llama_in_transformers() -> None:
 
 def test_swiglu_is_gated() -> None:
     mlp = SwiGLU(4, 6).double()
-    draw(mlp, torch.Generator().manual_seed(0), std=1.0)
+    draw(mlp, torch.Generator().manual_seed(0))
     x = _random(3, 4)
     gate, up = (x @ mlp.gate_up.weight.T).split(6, dim=-1)
     expected = (gate * torch.sigmoid(gate) * up) @ mlp.down.weight.T
@@ -109,7 +109,7 @@ def test_span_pads_short_rows_with_the_spare_position() -> None:
 
 def test_ragged_pieces_through_the_cache_equal_one_causal_pass() -> None:
     layer = Layer(H * C, H, inner_size=8).double()
-    draw(layer, torch.Generator().manual_seed(0), std=0.5)
+    draw(layer, torch.Generator().manual_seed(0))
     x = _random(B, T, H * C)
     whole = layer(x, rope_table(torch.arange(T), C, dtype=x.dtype))
     cache = KVCache.empty(B, T, heads=(H, C), like=x)
@@ -138,7 +138,7 @@ def test_cache_keeps_the_selected_rows() -> None:
 def test_draw_leaves_frozen_matrices_and_norms_alone() -> None:
     layer = Layer(H * C, H, inner_size=8)
     layer.mlp.down.weight.requires_grad_(False).zero_()
-    draw(layer, torch.Generator().manual_seed(0), std=0.5)
+    draw(layer, torch.Generator().manual_seed(0))
     assert not layer.mlp.down.weight.any()
     assert bool((layer.input_norm.weight == 1).all())
-    assert 0.3 < layer.attention.qkv.weight.std() < 0.7
+    assert 0.24 < layer.attention.qkv.weight.std() < 0.34  # 12 ** -0.5 = 0.29

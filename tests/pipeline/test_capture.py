@@ -141,15 +141,23 @@ def test_batches_stay_within_their_tokens() -> None:
     assert found == [[4], [1], [6, 2, 3], [0, 5]]
 
 
-def test_logits_that_are_not_finite_name_sequence_and_position(tiny_model: Any) -> None:
-    model = tiny_model()
-    rows = rows_of()
-    model.model.embed_tokens.weight[rows[5]["tokens"][3]] = torch.nan
-    with pytest.raises(TargetError, match=r"logits at sequence 's\d', position \d+ are NaN or inf"):
-        captured(target_of(model))
-    only = [rows[5]]
-    with pytest.raises(TargetError, match=r"logits at sequence 's5', position 3 are NaN"):
-        captured(target_of(model), rows=only)
+def test_logits_that_are_not_finite_name_sequence_and_position(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = target_of(tiny_model())
+    plain = target.logits
+
+    def broken(last_hidden: torch.Tensor) -> torch.Tensor:
+        return plain(last_hidden).index_fill(0, torch.tensor([1]), torch.inf)
+
+    monkeypatch.setattr(target, "logits", broken)
+    rows = rows_of()[4:6]
+    # batches begin with the longest sequence; its supervised rows are 2, 3, 7, ...
+    assert len(rows[1]["tokens"]) > len(rows[0]["tokens"])
+    with pytest.raises(
+        TargetError, match="logits at sequence 's5', position 3 are NaN or infinite"
+    ):
+        captured(target, rows=rows)
 
 
 @pytest.mark.parametrize(

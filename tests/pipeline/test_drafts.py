@@ -186,7 +186,7 @@ def assert_is_reference(draft: Any, data: Batch, depth: int) -> None:
             f = normed if config.norm_output else out
             for (at, j), ours in found[k].items():
                 if at == b:
-                    assert_close(ours, logits[j], rtol=0.0, atol=1e-6)  # angles are float32
+                    assert_close(ours, logits[j], **ALIGNED)
 
 
 def rms(x: Tensor, weight: Tensor) -> Tensor:
@@ -197,10 +197,10 @@ def turn(x: Tensor, position: Tensor, *, heads: int) -> Tensor:
     """Rotate channels (c, c + C/2) of every head as complex numbers."""
     x = x.view(len(x), heads, -1)
     half = x.shape[-1] // 2
-    angle = position[:, None] * 10_000.0 ** -(torch.arange(half).double() / half)
-    turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(
-        torch.ones_like(angle), angle
-    ).unsqueeze(1)
+    # angles are float32 by convention, whatever the model's dtype
+    angle = position[:, None].float() * 10_000.0 ** -(torch.arange(half).float() / half)
+    unit = torch.complex(angle.cos().double(), angle.sin().double())
+    turned = torch.complex(x[..., :half], x[..., half:]) * unit.unsqueeze(1)
     return torch.cat([turned.real, turned.imag], dim=-1)
 
 

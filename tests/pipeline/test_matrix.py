@@ -71,7 +71,10 @@ def test_the_shipped_matrix_agrees(request: pytest.FixtureRequest) -> None:
             changed("exports", "lm-lk10-0", objective="kl"),
             r"exports\.lm-lk10-0 has 'kl' for objective",
         ),
-        ({**PARAMS, "arms": {}}, r"exports\.lm-lk10-0 refers to 'lm-lk10-0', which arms does not"),
+        (
+            {**PARAMS, "exports": {"lm-kl-0": PARAMS["exports"]["lm-lk10-0"]}},
+            r"exports\.lm-kl-0 refers to 'lm-kl-0', which arms does not",
+        ),
         ({k: v for k, v in PARAMS.items() if k != "starts"}, r"starts is None; expected"),
     ],
 )

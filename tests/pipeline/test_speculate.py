@@ -235,7 +235,7 @@ def test_output_law_is_the_targets(target: Target, case: str) -> None:
     kind, d2t, over = CASES[case]
     draft = None if kind == "none" else make_draft(kind, target, d2t=d2t)
     rules = make_rules(draft, **over)
-    decoded = run(target, draft, [PROMPT] * 4000, rules)
+    decoded = run(target, draft, [PROMPT] * 2000, rules)
     assert chi_square(decoded, exact_law(target, PROMPT, rules)) > P_VALUE
     assert all(row.tokens[-1] in rules.eos_ids or len(row.tokens) == rules.max_new_tokens
                for row in decoded)  # fmt: skip
@@ -254,7 +254,7 @@ def test_the_chi_square_sees_a_lossy_verdict(
 
     monkeypatch.setattr("pipeline.speculate.verify", lossy)
     draft = make_draft("table", target)
-    decoded = run(target, draft, [PROMPT] * 4000, make_rules(draft))
+    decoded = run(target, draft, [PROMPT] * 3000, make_rules(draft))
     assert chi_square(decoded, exact_law(target, PROMPT, make_rules(draft))) < 1e-12
 
 
@@ -273,7 +273,7 @@ def test_a_draft_on_disjoint_tokens_is_never_accepted(tiny_model: Any) -> None:
     half = make_target(tiny_model(vocab_size=V, double=True), HalfTarget)
     draft = make_draft("table", half, d2t=torch.tensor([1, 3]))
     rules = make_rules(draft, eos_ids=(0,))
-    decoded = run(half, draft, [PROMPT] * 3000, rules)
+    decoded = run(half, draft, [PROMPT] * 2000, rules)
     assert sum(row.accepted for row in decoded) == 0
     assert all(row.rounds == row.num_counted for row in decoded)
     assert chi_square(decoded, exact_law(half, PROMPT, rules)) > P_VALUE

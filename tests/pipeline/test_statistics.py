@@ -167,6 +167,16 @@ def test_tau_without_a_domain_s_prompts_has_no_interval() -> None:
     assert np.isnan([found.estimate, found.lo, found.hi]).all()
 
 
+def test_a_domain_of_one_prompt_decides_nothing() -> None:
+    """Half the resamples lack it: no interval, and nothing breaks."""
+    rounds = RNG.uniform(10, 30, (2, 6))
+    inside = np.array([1.0, 0, 0, 0, 0, 0])
+    made = Panel(64 * inside * np.ones((2, 6)), rounds * inside, np.array(["a"] + ["b"] * 5))
+    found = compare(made, [Pair((0,), (1,))], confidence=0.95, resamples=300, seed=0)[0]
+    assert not found.verdict.decided
+    assert np.isnan([found.verdict.lo, found.verdict.hi]).all()
+
+
 def test_predicted_and_measured_agree_up_to_luck_and_part_beyond() -> None:
     rng = np.random.default_rng(4)
     exact = rng.uniform(10, 30, (6, 100))
@@ -203,8 +213,10 @@ def made_up(estimate: float, lo: float, hi: float, *, seeds: int = 3) -> Differe
         ),
         (
             made_up(0.002, -0.008, 0.012),
-            "no difference between lk_lambda and kl at T = 1 over 3 seeds that 256 prompts can "
-            "show: +0.2 % [−0.8, +1.2]; one of 1.2 % would probably have shown",
+            (
+                "no difference between lk_lambda and kl at T = 1 over 3 seeds that 256 prompts can "
+                "show: +0.2 % [−0.8, +1.2]; one of 1.2 % would probably have shown"
+            ),
         ),
         (
             made_up(0.038, 0.034, 0.042, seeds=1),

@@ -189,7 +189,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Cohere": {"logit_scale": 0.25},
     "Granite": {"logits_scaling": 3.0},
     "Qwen3": {"head_dim": 8},
-    "Qwen3Moe": {"head_dim": 8, "num_experts": 4, "moe_intermediate_size": 16},
+    "Qwen3Moe": {
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    },
     "GptOss": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
     "DeepseekV3": {
         "num_key_value_heads": 4,

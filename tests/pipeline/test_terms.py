@@ -145,7 +145,7 @@ def all_entries(p_NV: Tensor) -> SparseLaw:
 def test_likelihood_and_its_gradient_are_exact_however_small_alpha_is(
     kind: str, gap: float
 ) -> None:
-    # at a point mass −log α is −log q(x*), whose gradient is q − 1[x*] (MATHS (14))
+    # at a point mass −log α is −log q(x*), whose gradient is q − 1[x*] (MATHS (12))
     p = torch.zeros(1, V)
     p[0, 4] = 1
     law = all_entries(p) if kind == "sparse" else DenseLaw(p.log())

@@ -48,7 +48,7 @@ def cache_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     last_hidden=st.booleans(),
     vocab_size=st.integers(2, 40),
 )
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_what_was_written_is_read_back(
     tmp_path_factory: pytest.TempPathFactory,
     lengths: list[int],
@@ -198,6 +198,14 @@ def test_a_manifest_that_is_none_is_refused(tmp_path: Path) -> None:
     edit_manifest(path, layout={"mode": "topk"})
     with pytest.raises(CorruptPart, match=r"manifest.json cannot be read \(KeyError"):
         Cache.open(path)
+
+
+def test_an_edited_manifest_is_refused(tmp_path: Path) -> None:
+    path = write_cache(tmp_path / "c.zarr", TOPK, make_records(TOPK, [5]))
+    manifest = path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("t" * 64, "u" * 64))
+    with pytest.raises(CorruptPart, match=r"manifest.json has sha256 .* what manifest.sha256 says"):
+        Cache.open(path, expect={"target": "u" * 64})
 
 
 def test_another_source_is_refused_with_both_sides_named(tmp_path: Path) -> None:
