@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.config import parse
-from pipeline.draft import Draft, Interface, Shape, find
+from pipeline.draft import Draft, find
+from pipeline.interface import Interface, Shape
 from storage.errors import DraftError
 from storage.workspace import read_json, write_json
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.batch import Batch
 from pipeline.config import Strict
+from pipeline.interface import Interface, Shape
 from storage.errors import ConfigError, DraftError
 
 FOLDER = Path(__file__).parent / "drafts"
@@ -43,27 +44,6 @@ class Needs:
     last_hidden: bool = False
     interface: bool = False
     """Whether it is built on the target's embedding and LM head (`target/interface`)."""
-
-
-@dataclass(frozen=True)
-class Interface:
-    """What drafts may use of the target: never its body. Frozen tensors, float32."""
-
-    embed: Tensor
-    """[V, D]"""
-    lm_head: Tensor
-    """[V, D]"""
-    norm: Tensor
-    """[D] weight of the final RMS norm."""
-    norm_eps: float
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The target's shape, enough to build a draft without the target."""
-
-    vocab_size: int
-    hidden_size: int
 
 
 @dataclass

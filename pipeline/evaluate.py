@@ -27,7 +27,8 @@ from pydantic import Field
 from pipeline.checkpoint import load_draft, read_config
 from pipeline.config import Strict, parse
 from pipeline.dataset import arrays, collate
-from pipeline.draft import Draft, Needs, Shape, find
+from pipeline.draft import Draft, Needs, find
+from pipeline.interface import Shape
 from pipeline.replay import Replay, block_survival, replay, token_survival
 from pipeline.score import Rollouts, Scores, depth_sums, rollouts, score
 from pipeline.seeds import uniforms
@@ -37,7 +38,7 @@ from storage.record import Record
 
 Count = Annotated[int, Field(gt=0)]
 Rows = list[dict[str, Any]]
-WARM_TOKENS = 4  # decoded before the clock starts: first calls allocate and choose kernels
+WARM_TOKENS = 2  # decoded before the clock starts: first calls allocate and choose kernels
 
 
 class EvaluateConfig(Strict):

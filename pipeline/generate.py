@@ -5,9 +5,7 @@
     tables = {"train": sequence_rows(prompts["train"], responses["train"], "T=1"), ...}
 
 Every sequence draws from uniforms of its own (seed, split, prompt), so that who shares a batch with
-it changes rounding only, and the number of workers nothing at all.
-
-Dims: B rows of a batch, Q prompt tokens (padded), V vocabulary, G response tokens.
+it changes rounding only, and the number of workers nothing at all. The sampling itself is `pipeline.sampling`.
 """
 
 import time
@@ -19,15 +17,14 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.cluster import Cluster
 from pipeline.config import Strict
 from pipeline.seeds import uniforms
-from pipeline.session import Session
-from pipeline.target import Target, resident_target
-from storage.errors import DataError, TargetError
+from pipeline.sampling import Prompt, Response, sample
+from pipeline.target import resident_target
+from storage.errors import DataError
 from storage.workspace import read_json, write_json
 
 TRAIN, HELDOUT = "train", "heldout"
@@ -35,9 +32,6 @@ GREEDY = "greedy"
 """The held-out prompts again, at T = 0."""
 LAWS = {TRAIN: "T=1", HELDOUT: "T=1", GREEDY: "T=0"}
 DATA_LAW = "data"  # text that the target did not write: it trains, and is never replayed
-# Rows that ended are dropped once they are this share of the batch: a drop copies the KV cache, and
-# a kept one is computed for nothing.
-DROP_SHARE = 0.125
 
 
 class GenerateConfig(Strict):
@@ -49,26 +43,6 @@ class GenerateConfig(Strict):
     batch_sequences: Annotated[int, Field(ge=1)]
     seed: Annotated[int, Field(ge=0)]
     threads: Annotated[int, Field(ge=1)]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt as the target reads it."""
-
-    id: str
-    domain: str
-    tokens: tuple[int, ...]
-    response: str | None = None
-    """The data's own."""
-
-
-@dataclass(frozen=True)
-class Response:
-    """What followed a prompt."""
-
-    tokens: list[int]
-    """The end-of-sequence token included, where there was one."""
-    finished: bool
 
 
 @dataclass(frozen=True)
@@ -187,74 +161,6 @@ def sample_unit(job: Job, unit: Unit) -> Answer:
     return Answer([Response(*row) for row in answer["responses"]], answer["seconds"])
 
 
-def sample(
-    target: Target, prompts: Sequence[Prompt], *, max_new_tokens: int, uniform_BG: Tensor | None
-) -> list[Response]:
-    """Sample from the target at T = 1 by inverse CDF of `uniform_BG`, or greedily without them.
-
-    A row ends with an end-of-sequence token or after `max_new_tokens`. `TargetError` names the
-    prompt and position at which the target's logits are not finite.
-    """
-    length_B = torch.tensor([len(prompt.tokens) for prompt in prompts], device=target.device)
-    longest = int(length_B.max())
-    padded_BQ = torch.tensor(
-        [[*p.tokens, *[0] * (longest - len(p.tokens))] for p in prompts], device=target.device
-    )
-    eos = torch.tensor(target.spec.eos_ids, dtype=torch.int64, device=target.device)
-    out_BG = torch.full((len(prompts), max_new_tokens), -1, device=target.device)
-    draw_BG = None if uniform_BG is None else uniform_BG.to(target.device)
-    row_B = torch.arange(len(prompts), device=target.device)  # of the rows still in the session
-    live_B = torch.ones_like(row_B, dtype=torch.bool)
-    # the last token of a row is never fed
-    session = Session(target, len(prompts), longest + max_new_tokens - 1)
-    logits_BV = session.extend(padded_BQ, length_B, which="last").logits[:, 0]
-    for step in range(max_new_tokens):
-        draw_B = None if draw_BG is None else draw_BG[row_B, step]
-        token_B, sound_B = choose(logits_BV, draw_B)
-        _require_sound(sound_B | ~live_B, [prompts[b] for b in row_B.tolist()], step)
-        out_BG[row_B[live_B], step] = token_B[live_B]
-        live_B &= ~torch.isin(token_B, eos)
-        num_live = int(live_B.sum())
-        if not num_live or step == max_new_tokens - 1:
-            break
-        if num_live <= (1 - DROP_SHARE) * len(live_B):
-            keep = live_B.nonzero()[:, 0]
-            session.select(keep)
-            row_B, token_B, live_B = row_B[keep], token_B[keep], live_B[keep]
-        logits_BV = session.extend(token_B[:, None], live_B.long()).logits[:, 0]
-    return [_response(row, target.spec.eos_ids) for row in out_BG.tolist()]
-
-
-def choose(logits_BV: Tensor, uniform_B: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A token of each row [B] int64, by inverse CDF (or the likeliest), and whether it is sound."""
-    if uniform_B is None:
-        best_B = logits_BV.max(-1)
-        return best_B.indices, best_B.values.isfinite()
-    # float64 for the sum alone: a float32 CDF of a large vocabulary loses its last tokens
-    cdf_BV = torch.softmax(logits_BV, -1).cumsum(-1, dtype=torch.float64)
-    total_B1 = cdf_BV[:, -1:].contiguous()
-    wanted_B1 = uniform_B[:, None] * total_B1
-    token_B1 = torch.searchsorted(cdf_BV, wanted_B1, right=True)
-    last_B1 = torch.searchsorted(cdf_BV, total_B1)  # u · total may round up to total
-    return torch.minimum(token_B1, last_B1)[:, 0], total_B1[:, 0].isfinite()
-
-
-def _require_sound(sound_B: Tensor, prompts: Sequence[Prompt], step: int) -> None:
-    if not bool(sound_B.all()):
-        prompt = prompts[int((~sound_B).nonzero()[0])]
-        raise TargetError(
-            found=f"the target's logits after {step} response tokens to prompt {prompt.id!r} are "
-            "NaN or infinite",
-            expected="finite logits",
-            todo="check the target's weights, or load it in a wider dtype (target.dtype)",
-        )
-
-
-def _response(row: Sequence[int], eos_ids: Sequence[int]) -> Response:
-    tokens = [token for token in row if token >= 0]
-    return Response(tokens, bool(tokens) and tokens[-1] in eos_ids)
-
-
 def data_responses(
     prompts: Mapping[str, Sequence[Prompt]],
     tokenizer: Any,
@@ -354,3 +260,13 @@ def count(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
             },
         }
     return metrics
+
+
+def times(metrics: Mapping[str, Any], *, wall_s: float, worked_s: float) -> dict[str, float]:
+    """Seconds on the wall and of all workers together; response tokens/s of one worker."""
+    tokens = sum(split["response_tokens"] for split in metrics.values())
+    return {
+        "seconds": round(wall_s, 3),
+        "worker_seconds": round(worked_s, 3),  # of earlier, interrupted runs too
+        "tokens_per_s": round(tokens / max(worked_s, 1e-9), 1),
+    }

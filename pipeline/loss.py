@@ -29,7 +29,7 @@ def masked_mean(x_SN: Tensor, mask_SN: Tensor) -> Tensor:
 
 
 def reduce(loss_SN: Tensor, mask_SN: Tensor, *, depth_decay: float) -> Tensor:
-    """Σ_k decay^k · mean of depth k over its supervised anchors: a scalar (MATHS (15), DESIGN §6)."""
+    """Σ_k decay^k · mean of depth k over its supervised anchors: a scalar, MATHS (15)."""
     weight_S = depth_decay ** torch.arange(len(loss_SN), device=loss_SN.device, dtype=loss_SN.dtype)
     return (weight_S * masked_mean(loss_SN, mask_SN)).sum()
 

@@ -27,7 +27,7 @@ from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from pipeline.config import Strict
-from pipeline.draft import Interface
+from pipeline.interface import Interface
 from storage.errors import TargetError
 from storage.workspace import digest, file_digest, read_json
 

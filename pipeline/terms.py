@@ -53,6 +53,8 @@ class Entries:
 
     row: Tensor
     """[E] int64, ascending."""
+    start: Tensor
+    """[N + 1] int64: the first entry of each row."""
     index: Tensor
     """[E] int64: row · Vd + draft id, the entry's place in flattened logits."""
     p: Tensor
@@ -66,7 +68,7 @@ class Entries:
 
     def sum(self, x_E: Tensor) -> Tensor:
         """[N] sums over each row's entries."""
-        return torch.zeros_like(self.bucket).index_add_(0, self.row, x_E)
+        return torch.segment_reduce(x_E, "sum", offsets=self.start, initial=0.0)
 
     def spread(self, x_N: Tensor) -> Tensor:
         """[E] the value of each entry's row."""
@@ -75,14 +77,16 @@ class Entries:
 
 def draft_entries(law: SparseLaw, vocab_size: int, d2t: Tensor | None) -> Entries:
     """The entries of a law that lie in the draft's vocabulary of `vocab_size` ids."""
-    row, column, p, weight = law.rows(), law.ids, law.p, law.weight
+    row, column, p, weight, start = law.rows(), law.ids, law.p, law.weight, law.entry_start
     if d2t is not None:
         column = torch.searchsorted(d2t, law.ids).clamp_(max=vocab_size - 1)
         inside = d2t[column] == law.ids
+        start = torch.nn.functional.pad(inside.cumsum(0), (1, 0))[start]
         row, column, p, weight = row[inside], column[inside], p[inside], weight[inside]
     return Entries(
         row=row,
-        index=row * vocab_size + column,
+        start=start,
+        index=torch.add(column, row, alpha=vocab_size),
         p=p.double(),
         weight=weight.double(),
         bucket=law.bucket.double(),
@@ -92,11 +96,15 @@ def draft_entries(law: SparseLaw, vocab_size: int, d2t: Tensor | None) -> Entrie
 
 def partition(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
     """The largest logit of each row and Σ_v exp(z_v − largest): [N], [N] float64."""
-    peak = logits_NV.amax(-1).to(_wide(logits_NV))
-    total = torch.empty(len(peak), dtype=torch.float64, device=peak.device)
+    num_rows, wide = len(logits_NV), _wide(logits_NV)
+    peak = torch.empty(num_rows, dtype=wide, device=logits_NV.device)
+    total = torch.empty(num_rows, dtype=torch.float64, device=logits_NV.device)
+    buffer: Tensor | None = None  # fresh memory for every block would cost more than its arithmetic
     for rows in _blocks(logits_NV):
-        x = logits_NV[rows].to(peak.dtype) - peak[rows, None]
-        total[rows] = x.exp_().sum(-1).double()
+        z = logits_NV[rows]
+        buffer = torch.empty_like(z, dtype=wide) if buffer is None else buffer[: len(z)]
+        peak[rows] = z.amax(-1)
+        total[rows] = torch.sub(z, peak[rows, None], out=buffer).exp_().sum(-1)
     return peak, total
 
 
@@ -142,7 +150,8 @@ class _Sparse(torch.autograd.Function):
         log_rest = _log_rest(logits_NV, lse, e, q) if bool(e.bucket.any()) else None
         # a bucket needs a symbol of the draft's outside the entries
         bucket = e.bucket if log_rest is None else torch.where(log_rest.isinf(), 0.0, e.bucket)
-        kl = e.sum(torch.xlogy(wp, e.p) - wp * logq)
+        # p = 0 adds nothing: its weight is 0 and its logarithm finite
+        kl = e.sum(e.p.clamp(min=1e-300).log_().sub_(logq).mul_(wp))
         alpha = e.sum(e.weight * torch.minimum(e.p, q))
         if log_rest is not None:
             log_rest = torch.where(bucket > 0, log_rest, 0.0)

@@ -24,7 +24,8 @@ from tqdm import tqdm
 from pipeline.batch import Batch
 from pipeline.config import Strict, load
 from pipeline.dataset import heldout_batches, require, supervised_counts, training_batches
-from pipeline.draft import Draft, DraftConfig, Interface, Needs, Shape, find
+from pipeline.draft import Draft, DraftConfig, Needs, find
+from pipeline.interface import Interface, Shape
 from pipeline.loss import reduce
 from pipeline.optimizer import AdamW, learning_rate
 from pipeline.target import read_interface, read_spec

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from pipeline.checkpoint import load_draft, read_config
 from pipeline.config import load
-from pipeline.draft import Shape
 from pipeline.export import ExportConfig, Source, export_draft, find_format
+from pipeline.interface import Shape
 from pipeline.matrix import Export, cell
 from pipeline.provenance import run
 from pipeline.target import check_files, home_of, read_interface, read_spec

@@ -11,8 +11,6 @@ from pipeline.generate import (
     TRAIN,
     GenerateConfig,
     Job,
-    Prompt,
-    Response,
     answer,
     count,
     data_responses,
@@ -20,8 +18,10 @@ from pipeline.generate import (
     law_of,
     sequence_rows,
     split_of,
+    times,
 )
 from pipeline.provenance import run
+from pipeline.sampling import Prompt, Response
 from pipeline.target import TargetSpec, home_of, load_tokenizer, read_spec
 from storage.tables import PROMPTS, SEQUENCES, read_table, write_table
 from storage.workspace import Workspace, digest, file_digest, write_json
@@ -64,13 +64,8 @@ def main() -> None:
             write_table(workspace.path(OUT) / f"{split}.parquet", SEQUENCES, table)
         metrics = count(tables)
         write_json(workspace.path(METRICS), metrics)
-        new_tokens = sum(split["response_tokens"] for split in metrics.values())
-        times = {
-            "seconds": round(wall_s, 3),
-            "worker_seconds": round(worked_s, 3),  # earlier, interrupted runs included
-            "tokens_per_s": round(new_tokens / worked_s, 1),  # of one worker
-        }
-        write_json(workspace.path(TIMINGS), times)
+        timings = times(metrics, wall_s=wall_s, worked_s=worked_s)
+        write_json(workspace.path(TIMINGS), timings)
         workspace.publish()
 
 

@@ -44,16 +44,8 @@ from pipeline.blocks import (
     take_rows,
     visible,
 )
-from pipeline.draft import (
-    Choose,
-    Context,
-    Draft,
-    DraftConfig,
-    Interface,
-    Needs,
-    Shape,
-    require_interface,
-)
+from pipeline.draft import Choose, Context, Draft, DraftConfig, Needs, require_interface
+from pipeline.interface import Interface, Shape
 from pipeline.seeds import generator
 from pipeline.vocab import require_d2t
 from storage.errors import DraftError

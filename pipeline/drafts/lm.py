@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from pipeline.batch import Batch
 from pipeline.blocks import KVCache, Layer, RMSNorm, draw, rope_table, span, take_rows
-from pipeline.draft import Choose, Context, Draft, DraftConfig, Interface, Needs, Shape
+from pipeline.draft import Choose, Context, Draft, DraftConfig, Needs
+from pipeline.interface import Interface, Shape
 from pipeline.seeds import generator
 from storage.errors import DraftError
 

@@ -23,16 +23,8 @@ from torch import Tensor, nn
 
 from pipeline.batch import Batch
 from pipeline.blocks import take_rows
-from pipeline.draft import (
-    Choose,
-    Context,
-    Draft,
-    DraftConfig,
-    Interface,
-    Needs,
-    Shape,
-    require_interface,
-)
+from pipeline.draft import Choose, Context, Draft, DraftConfig, Needs, require_interface
+from pipeline.interface import Interface, Shape
 from pipeline.vocab import require_d2t
 from storage.errors import DraftError
 

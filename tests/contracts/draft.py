@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pipeline.batch import Batch
 from pipeline.config import parse
-from pipeline.draft import Context, Draft, Interface, Shape, find
+from pipeline.draft import Context, Draft, find
+from pipeline.interface import Interface, Shape
 from storage.errors import ConfigError, DraftError
 
 V, D, T, DEPTH = 23, 8, 14, 3

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoint import load_draft, read_config, save_draft
-from pipeline.draft import Draft, Interface, Shape, find
+from pipeline.draft import Draft, find
+from pipeline.interface import Interface, Shape
 from storage.errors import DraftError
 from storage.workspace import read_json, tree_digest, write_json
 

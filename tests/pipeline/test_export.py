@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import export
 from pipeline.config import parse
-from pipeline.draft import Draft, Shape, find
+from pipeline.draft import Draft, find
 from pipeline.export import ExportConfig, Source, export_draft, find_format, rename
+from pipeline.interface import Shape
 from pipeline.target import TargetSpec
 from storage.errors import ConfigError, DraftError
 from storage.workspace import tree_digest

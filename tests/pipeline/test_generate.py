@@ -8,16 +8,14 @@ import torch
 
 from pipeline.generate import (
     GenerateConfig,
-    Prompt,
-    choose,
     count,
     data_responses,
     encode,
     plan,
-    sample,
     sequence_rows,
     split_of,
 )
+from pipeline.sampling import Prompt, choose, sample
 from pipeline.seeds import uniforms
 from pipeline.target import Target
 from storage.errors import DataError, TargetError

@@ -11,7 +11,8 @@ from scipy import stats
 from torch import Tensor
 
 from pipeline.batch import Batch
-from pipeline.draft import Choose, Context, Draft, Interface, Needs, Shape, find
+from pipeline.draft import Choose, Context, Draft, Needs, find
+from pipeline.interface import Interface, Shape
 from pipeline.speculate import Decoded, Rules, decode, sample, verify, verify_greedy
 from pipeline.target import Target, TargetSpec
 from storage.errors import TargetError
@@ -260,11 +261,11 @@ def test_the_chi_square_sees_a_lossy_verdict(
 
 def test_a_draft_that_is_the_target_is_always_accepted(target: Target) -> None:
     rules = make_rules(EchoDraft(target), eos_ids=(), max_new_tokens=5)
-    decoded = run(target, EchoDraft(target), [PROMPT] * 1500, rules)
+    decoded = run(target, EchoDraft(target), [PROMPT] * 800, rules)
     # 4 tokens after the first: 3 drafts and a bonus token make one round
     assert {(row.rounds, row.accepted) for row in decoded} == {(1, 3)}
     short = replace(rules, max_new_tokens=3)
-    decoded = run(target, EchoDraft(target), [PROMPT] * 1500, short)
+    decoded = run(target, EchoDraft(target), [PROMPT] * 800, short)
     assert {(row.rounds, row.drafted, row.accepted) for row in decoded} == {(1, 3, 2)}
     assert chi_square(decoded, exact_law(target, PROMPT, short)) > P_VALUE
 

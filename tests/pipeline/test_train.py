@@ -12,7 +12,8 @@ from torch import Tensor
 from pipeline.batch import Batch
 from pipeline.config import parse, read_params
 from pipeline.dataset import collate, training_batches
-from pipeline.draft import Draft, Needs, Shape, find
+from pipeline.draft import Draft, Needs, find
+from pipeline.interface import Shape
 from pipeline.loss import find as find_loss
 from pipeline.train import FitConfig, Fitted, WarmupConfig, depth_terms, evaluate, fit, write_curve
 from storage.errors import ConfigError, DraftError

@@ -1,8 +1,8 @@
 """`evaluate` on a tiny target with a real cache and drafts of every kind."""
 
 import json
+import shutil
 import sys
-from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from subprocess import run as run_process
@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ruamel.yaml import YAML
 from torch.nn.functional import cross_entropy
 
 from pipeline.capture import CaptureConfig, layout_of
 from pipeline.checkpoint import save_draft
 from pipeline.config import read_params
 from pipeline.dataset import collate
-from pipeline.draft import Shape, find
+from pipeline.draft import find
+from pipeline.interface import Shape
 from pipeline.pin import Origin, pin
 from pipeline.seeds import uniforms
 from pipeline.speculate import Rules, decode
@@ -123,7 +123,7 @@ def write_draft(folder: Path, kind: str, target: Target, records: list[Record]) 
 
 
 def write_params(folder: Path, **evaluate: Any) -> None:
-    params = deepcopy(PARAMS)
+    params = deepcopy({name: PARAMS[name] for name in ("evaluate", "cluster")})
     params["evaluate"] |= {
         "depth": 5,
         "batch_sequences": 40,
@@ -146,7 +146,8 @@ def write_params(folder: Path, **evaluate: Any) -> None:
         }
         for k in KINDS
     }
-    YAML().dump(params, folder / "params.yaml")
+    # JSON is YAML, and quicker to write
+    (folder / "params.yaml").write_text(json.dumps(params))
 
 
 @pytest.fixture(scope="module")
@@ -165,10 +166,10 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def here(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def here(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(project)
-    yield project
     write_params(project)
+    return project
 
 
 def run_stage(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,6 +185,15 @@ def scored(project: Path) -> Path:
         for kind in KINDS:
             run_stage(kind, monkeypatch)
     return project
+
+
+@pytest.fixture
+def apart(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the project, for runs whose results no other test should see."""
+    copied = tmp_path / "apart"
+    shutil.copytree(project, copied, ignore=shutil.ignore_patterns(".scratch", "results"))
+    monkeypatch.chdir(copied)
+    return copied
 
 
 def rounds_of(kind: str, instrument: str, temperature: float) -> dict[str, dict[str, Any]]:
@@ -288,8 +298,8 @@ def test_jobs_do_not_depend_on_their_order(scored: Path) -> None:
     assert forth == back[::-1]
 
 
-def test_other_seeds_are_replayed_only(scored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_params(scored, decode_seeds=[1])
+def test_other_seeds_are_replayed_only(apart: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_params(apart, decode_seeds=[1])
     run_stage("lm", monkeypatch)
     rows = read_table(Path("results/lm-0/arms/kl.rounds.parquet"), ROUNDS)
     assert {row["instrument"] for row in rows} == {"replay", "replay_block"}
@@ -298,9 +308,9 @@ def test_other_seeds_are_replayed_only(scored: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_law_without_rollouts_is_decoded_only(
-    scored: Path, monkeypatch: pytest.MonkeyPatch
+    apart: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_params(scored, temperatures=[0.7], decode_prompts=6)
+    write_params(apart, temperatures=[0.7], decode_prompts=6)
     run_stage("medusa", monkeypatch)
     rows = read_table(Path("results/medusa-0/arms/kl.rounds.parquet"), ROUNDS)
     assert {(row["instrument"], row["temperature"]) for row in rows} == {("decode", 0.7)}

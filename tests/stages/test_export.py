@@ -12,7 +12,8 @@ from ruamel.yaml import YAML
 from pipeline import export as exporting
 from pipeline.checkpoint import save_draft
 from pipeline.config import parse
-from pipeline.draft import Shape, find
+from pipeline.draft import find
+from pipeline.interface import Shape
 from pipeline.pin import Origin, pin
 from stages import export
 from storage.errors import ConfigError, DraftError

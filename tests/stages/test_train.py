@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoint import load_draft
-from pipeline.draft import Shape
+from pipeline.interface import Shape
 from pipeline.target import read_interface
 from stages import train, warmup
 from storage.errors import ConfigError, DraftError
