@@ -187,22 +187,33 @@ def plan(
 
 def capture_part(job: Job, part: Part) -> Done:
     """Capture and write one part, unless an earlier run left it whole."""
-    entry = done_part(part.cache, part.index, job.layout) if part.stats.is_file() else None
-    if entry is None:
-        target = resident_target(job.folder, device=job.device, fingerprint=job.fingerprint)
-        rows = _table(part.sequences, part.sequences_digest)[part.start : part.stop]
-        teacher = Pass(
-            target,
-            job.layout,
-            rule=job.config.rule(),
-            batch_tokens=job.config.batch_tokens,
-            seed=job.config.seed,
-        )
-        records = teacher.records(rows)
-        # before the part, so that a part that is there has them
-        write_json(part.stats, asdict(teacher.stats()))
-        entry = write_part(part.cache, part.index, records, job.layout)
-    return Done(entry, Stats(**read_json(part.stats)))
+    done = _done(job, part)
+    if done is not None:
+        return done
+    target = resident_target(job.folder, device=job.device, fingerprint=job.fingerprint)
+    rows = _table(part.sequences, part.sequences_digest)[part.start : part.stop]
+    teacher = Pass(
+        target,
+        job.layout,
+        rule=job.config.rule(),
+        batch_tokens=job.config.batch_tokens,
+        seed=job.config.seed,
+    )
+    records = teacher.records(rows)
+    stats = teacher.stats()
+    # before the part, so that a part that is there has them
+    write_json(part.stats, asdict(stats))
+    return Done(write_part(part.cache, part.index, records, job.layout), stats)
+
+
+def _done(job: Job, part: Part) -> Done | None:
+    """What an earlier run left of a part; None where that is missing or torn."""
+    try:
+        stats = Stats(**read_json(part.stats))
+    except DataError:
+        return None
+    entry = done_part(part.cache, part.index, job.layout)
+    return None if entry is None else Done(entry, stats)
 
 
 @lru_cache(maxsize=1)

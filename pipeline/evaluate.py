@@ -19,10 +19,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.checkpoint import load_draft, read_config
 from pipeline.config import Strict, parse
@@ -61,6 +61,15 @@ class EvaluateConfig(Strict):
     """Whether decoding passes hidden states through the cache's dtype."""
     seed: int
     threads: Count
+
+    @model_validator(mode="after")
+    def _decoded_gamma_is_replayed(self) -> Self:
+        if self.decode_gamma > self.depth:
+            raise ValueError(
+                f"decode_gamma of at most depth ({self.depth}), so that what is decoded "
+                f"is predicted too; it is {self.decode_gamma}"
+            )
+        return self
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
     tables = {"train": sequence_rows(prompts["train"], responses["train"], "T=1"), ...}
 
 Every sequence draws from uniforms of its own (seed, split, prompt), so that who shares a batch with
-it changes rounding only, and the number of workers nothing at all. The sampling itself is `pipeline.sampling`.
+it changes rounding only, and the number of workers nothing at all. `pipeline.sampling` samples.
 """
 
 import time
@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from pipeline.cluster import Cluster
 from pipeline.config import Strict
-from pipeline.seeds import uniforms
 from pipeline.sampling import Prompt, Response, sample
+from pipeline.seeds import uniforms
 from pipeline.target import resident_target
 from storage.errors import DataError
 from storage.workspace import read_json, write_json
@@ -142,22 +142,32 @@ def plan(split: str, prompts: Sequence[Prompt], *, batch_sequences: int) -> list
 
 def sample_unit(job: Job, unit: Unit) -> Answer:
     """Responses of one batch, from its done file where an earlier run left one."""
-    done = job.scratch / f"{unit.split}-{unit.index:05d}.json"
-    if not done.is_file():
-        target = resident_target(job.folder, device=job.device, fingerprint=job.fingerprint)
-        started = time.perf_counter()
-        names = [(unit.split, prompt.id) for prompt in unit.prompts]
-        draws = [uniforms(job.seed, "generate", *name, n=job.max_new_tokens) for name in names]
-        responses = sample(
-            target,
-            unit.prompts,
-            max_new_tokens=job.max_new_tokens,
-            uniform_BG=None if unit.split == GREEDY else torch.stack(draws),
-        )
-        seconds = time.perf_counter() - started
-        rows = [[response.tokens, response.finished] for response in responses]
-        write_json(done, {"responses": rows, "seconds": seconds})
-    answer = read_json(done)
+    path = job.scratch / f"{unit.split}-{unit.index:05d}.json"
+    done = _done(path)
+    if done is not None:
+        return done
+    target = resident_target(job.folder, device=job.device, fingerprint=job.fingerprint)
+    started = time.perf_counter()
+    names = [(unit.split, prompt.id) for prompt in unit.prompts]
+    draws = [uniforms(job.seed, "generate", *name, n=job.max_new_tokens) for name in names]
+    responses = sample(
+        target,
+        unit.prompts,
+        max_new_tokens=job.max_new_tokens,
+        uniform_BG=None if unit.split == GREEDY else torch.stack(draws),
+    )
+    seconds = time.perf_counter() - started
+    rows = [[response.tokens, response.finished] for response in responses]
+    write_json(path, {"responses": rows, "seconds": seconds})
+    return Answer(responses, seconds)
+
+
+def _done(path: Path) -> Answer | None:
+    """What an earlier run left of a batch; None where that is missing or torn."""
+    try:
+        answer = read_json(path)
+    except DataError:
+        return None
     return Answer([Response(*row) for row in answer["responses"]], answer["seconds"])
 
 

@@ -58,12 +58,8 @@ def open_bench(
     )
 
 
-def open_rollouts(path: Path, spec: TargetSpec, *, law: str) -> Cache:
-    """A cache that may be replayed: the pinned target's own samples of `law`, at least one.
-
-    `ResultError` where it holds anything else, `FingerprintMismatch` where it is another target's.
-    """
-    cache = Cache.open(path, expect={"target": spec.fingerprint})
+def require_law(path: Path, cache: Cache, *, law: str) -> None:
+    """`ResultError` unless a cache holds the target's own samples of `law`: others never replay."""
     found = cache.source.get("law", "an unnamed law")
     if found != law:
         raise ResultError(
@@ -79,7 +75,6 @@ def open_rollouts(path: Path, spec: TargetSpec, *, law: str) -> Cache:
             expected="held-out rollouts",
             todo="raise prepare.heldout_prompts and run dvc repro",
         )
-    return cache
 
 
 def balanced(domains: Sequence[str], count: int) -> list[int]:
@@ -99,14 +94,9 @@ def plan(bench: Bench, drafts: Sequence[Path], *, decode: bool) -> list[Job]:
     decoding could not be compared with.
     """
     config, spec = bench.config, read_spec(bench.target)
-    caches = {
-        t: open_rollouts(
-            bench.caches[law_name(t if replayable(t) else 1)],
-            spec,
-            law=law_name(t if replayable(t) else 1),
-        )
-        for t in config.temperatures
-    }
+    caches = {t: bench.cache(t) for t in config.temperatures}
+    for t in filter(replayable, caches):
+        require_law(bench.caches[law_name(t)], caches[t], law=law_name(t))
     chosen = _choose(caches, config, spec) if decode else {}
     jobs = [Job("plain", None, t, tuple(rows[: config.decode_batch])) for t, rows in chosen.items()]
     for folder in drafts:
@@ -163,12 +153,13 @@ def _choose(
             )
         chosen[t] = [place[name] for name in names]
         for record in cache.records(chosen[t], arrays={"tokens", "turn"}):
-            _check_length(record, config, spec)
+            _check_response(record)
+            if replayable(t):
+                _check_length(record, config, spec)
     return chosen
 
 
-def _check_length(record: Record, config: EvaluateConfig, spec: TargetSpec) -> None:
-    """Refuse a rollout that decoding would outlive: the two could not be compared."""
+def _check_response(record: Record) -> None:
     prompt, response = split(record)
     if not prompt or len(prompt) + len(response) != len(record.tokens):
         raise ResultError(
@@ -176,6 +167,11 @@ def _check_length(record: Record, config: EvaluateConfig, spec: TargetSpec) -> N
             expected="a place where decoding starts",
             todo="generate single responses, or set evaluate.decode_seeds: []",
         )
+
+
+def _check_length(record: Record, config: EvaluateConfig, spec: TargetSpec) -> None:
+    """Refuse a rollout that decoding would outlive: the two could not be compared."""
+    _, response = split(record)
     if len(response) < config.decode_new_tokens and response[-1] not in spec.eos_ids:
         raise ConfigError(
             found=f"evaluate.decode_new_tokens is {config.decode_new_tokens}, but the rollout of "

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from pipeline.generate import (
     GenerateConfig,
@@ -207,3 +208,11 @@ def test_rows_and_counts_say_what_was_written() -> None:
         "mean_response_tokens": 3.5,
         "mean_response_tokens_by_domain": {"d": 3.0, "e": 4.0},
     }
+
+
+@pytest.mark.parametrize(
+    "key", ["max_prompt_tokens", "max_new_tokens", "batch_sequences", "threads"]
+)
+def test_counts_must_be_positive(key: str) -> None:
+    with pytest.raises(ValidationError, match=key):
+        GenerateConfig(**{**CONFIG.model_dump(), key: 0})

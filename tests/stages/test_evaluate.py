@@ -329,6 +329,7 @@ def test_bad_sections_are_refused(project: Path, monkeypatch: pytest.MonkeyPatch
             r"evaluate.temperatures is \[\]; expected list should have at least 1",
         ),
         ({"temperatures": [-1]}, "expected input should be greater than or equal to 0"),
+        ({"depth": 3}, r"evaluate is not consistent; expected decode_gamma of at most depth \(3\)"),
         ({"decode_new_tokens": 1}, "evaluate.decode_new_tokens is 1; .* greater than 1"),
         ({"features": "bf16"}, "evaluate.features is 'bf16'; expected input should be 'cache'"),
     ):

@@ -71,6 +71,8 @@ def test_a_killed_run_goes_on_where_it_was(here: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(pipeline.generate, "sample", stops)
     with pytest.raises(KeyboardInterrupt):
         main()
+    torn = sorted(here.glob(".scratch/generate/*/batches/*.json"))[0]
+    torn.write_bytes(b"")
     sampled.clear()
     sampled.append([])  # room for two more batches, then it stops again
     with pytest.raises(KeyboardInterrupt):
