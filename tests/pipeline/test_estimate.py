@@ -1,0 +1,54 @@
+"""Estimates are arithmetic over shapes and lengths, and say where each figure comes from."""
+
+import copy
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import read_params
+from pipeline.estimate import HIDDEN_RATIO, Line, estimate
+from storage.errors import ConfigError
+from storage.tables import SEQUENCES, write_table
+
+PARAMS = read_params()
+
+
+def find(lines: list[Line], what: str) -> Line:
+    return next(line for line in lines if line.what == what)
+
+
+def test_without_sequences_the_limits_are_assumed(tmp_path: Path) -> None:
+    lines = estimate(PARAMS, tflops=1.0, root=tmp_path)
+    tokens = find(lines, "tokens, train")
+    longest = PARAMS["generate"]["max_prompt_tokens"] + PARAMS["generate"]["max_new_tokens"]
+    assert tokens.value == PARAMS["prepare"]["train_prompts"] * longest
+    assert tokens.label == "assumed"
+    hidden = find(lines, "3 hidden layers")
+    assert hidden.value == pytest.approx(3 * 2 * PARAMS["target"]["hidden_size"] * HIDDEN_RATIO)
+
+
+def test_sequences_are_counted(tmp_path: Path) -> None:
+    for split in ("train", "heldout", "greedy"):
+        row = {"id": "a", "domain": "code", "tokens": [1, 2, 3], "turn": [-1, 0, 0], "law": "T=1"}
+        write_table(tmp_path / f"sequences/{split}.parquet", SEQUENCES, [row | {"finished": True}])
+    tokens = find(estimate(PARAMS, tflops=1.0, root=tmp_path), "tokens, train")
+    assert (tokens.value, tokens.label) == (3, "counted")
+
+
+def test_full_logits_cost_their_vocabulary(tmp_path: Path) -> None:
+    params = copy.deepcopy(PARAMS)
+    params["capture"]["mode"] = "full"
+    lines = estimate(params, tflops=1.0, root=tmp_path)
+    assert find(lines, "full logits (bf16)").value == 2 * params["target"]["vocab_size"]
+
+
+def test_twice_the_throughput_is_half_the_time(tmp_path: Path) -> None:
+    slow, fast = (estimate(PARAMS, tflops=x, root=tmp_path)[-1].value for x in (1.0, 2.0))
+    assert slow == pytest.approx(2 * fast)
+
+
+def test_a_target_that_is_not_here_is_refused(tmp_path: Path) -> None:
+    params = copy.deepcopy(PARAMS)
+    params["target"] = {"kind": "pretrained", "model": str(tmp_path / "none")}
+    with pytest.raises(ConfigError, match=r"no .*config\.json; expected a local target folder"):
+        estimate(params, tflops=1.0, root=tmp_path)

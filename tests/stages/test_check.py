@@ -1,0 +1,86 @@
+"""`check` refuses a bad parameter file in one sentence; a good one gives constant bytes."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.check import check_params
+from pipeline.config import read_params
+from stages import check
+from storage.errors import ConfigError
+
+GOOD = read_params()
+
+
+def broken(path: str, value: Any) -> dict[str, Any]:
+    """The default parameters with one value replaced, by dotted name."""
+    params = copy.deepcopy(GOOD)
+    *parents, last = path.split(".")
+    place: Any = params
+    for key in parents:
+        place = place[key]
+    if value is None:
+        del place[last]
+    else:
+        place[last] = value
+    return params
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "sentence"),
+    [
+        ("train.lr", -1.0, r"train\.lr is -1\.0; expected .*greater than 0"),
+        ("train.lr", "1e-4", r"train\.lr is '1e-4'; expected .*number"),
+        ("train.rate", 1.0, r"train\.rate is unknown; .*remove train\.rate"),
+        ("train.lr", None, r"train\.lr is missing; .*add train\.lr"),
+        ("training", {}, r"section 'training' is unknown; expected one of prepare, target"),
+        ("verify", None, r"section verify is missing"),
+        ("drafts.lm.kind", "llm", r"draft kind 'llm'; expected one of eagle3, lm, medusa"),
+        ("losses.tv.kind", "hinge", r"loss 'hinge'; expected one of kl, lk_alpha, lk_fixed"),
+        ("arms.lm-kl-0.start", "lm-9", r"arms\.lm-kl-0.*'lm-9'"),
+        ("arms.lm-kl-0.loss", "tv", r"arms\.lm-kl-0.*'tv' for loss; expected 'kl'"),
+        ("starts.lm-0.objectives", ["kl"], r"starts\.lm-0 has \['kl'\] for objectives"),
+        ("exports.lm-lk_lambda-0.format", "gguf", r"export format 'gguf'.*transformers"),
+        ("capture.hidden_layers", [1], r"capture\.hidden_layers names 1 layers; expected 3"),
+        ("capture.hidden_layers", [1, 2, 4], r"layer 4; expected indices from 0 to 3"),
+        ("capture.last_hidden", False, r"capture\.last_hidden is false; expected true.*medusa"),
+        ("generate.max_new_tokens", 500, r"sequences of 564 tokens; .*context_tokens, 512"),
+        ("report.baseline", "ce", r"report\.baseline is 'ce'; expected one of kl, tv"),
+        ("report.gammas", [4, 9], r"report\.gammas asks for 9; expected at most evaluate\.depth"),
+        ("cluster.workers", 0, r"cluster\.workers is 0; expected .*greater than"),
+        (
+            "prepare.source",
+            {"kind": "jsonl", "train": "nowhere.jsonl", "heldout": None},
+            r"names nowhere\.jsonl, which is no file",
+        ),
+    ],
+)
+def test_bad_parameter_is_refused_by_name(path: str, value: Any, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        check_params(broken(path, value))
+
+
+def test_good_parameters_give_constant_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path("params.yaml").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    written = []
+    for text in (source, source.replace("lr: 3.0e-3", "lr: 1.0e-3")):
+        Path("params.yaml").write_text(text, encoding="utf-8")
+        check.main()
+        written.append(Path("checked/params.json").read_bytes())
+    assert written[0] == written[1]
+
+
+def test_a_refusal_leaves_the_out_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Path("params.yaml").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text(source, encoding="utf-8")
+    check.main()
+    Path("params.yaml").write_text(source.replace("mode: topk", "mode: top"), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"capture\.mode is 'top'"):
+        check.main()
+    assert Path("checked/params.json").is_file()
