@@ -91,7 +91,7 @@ def _by_kind(section: str, entries: Any) -> dict[str, Any]:
 def _check_needs(name: str, config: Any, capture: CaptureConfig) -> None:
     """The cache will hold what the draft reads."""
     needs = draft.find(config.kind).Model.needs(config)
-    if len(capture.hidden_layers) < needs.num_layers:
+    if needs.num_layers not in (0, len(capture.hidden_layers)):
         raise ConfigError(
             found=f"{PARAMS}: capture.hidden_layers names {len(capture.hidden_layers)} layers",
             expected=f"{needs.num_layers}, which the draft {name} ({config.kind}) reads",

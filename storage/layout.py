@@ -47,7 +47,9 @@ TABLE = (
     Array("tail_kept", ("token",), "uint8", "samples of token t"),
     Array("tail_ids", ("sample",), "uint32", "ids drawn from p outside the kept set"),
     Array("tail_logp", ("sample",), "float16", "their log p"),
-    Array("logits", ("row", "V"), "uint16", "full logits of supervised tokens", BFLOAT16),
+    Array(
+        "logits", ("row", "V"), "uint16", "full log-probabilities of supervised tokens", BFLOAT16
+    ),
     Array("hidden", ("token", "L", "D"), "uint16", "captured hidden states", BFLOAT16),
     Array("last_hidden", ("token", "D"), "uint16", "hidden state after the final norm", BFLOAT16),
     Array("row_start", ("sequence",), "int64", "first token of the sequence"),
