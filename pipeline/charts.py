@@ -69,9 +69,13 @@ def lines(
     x: str,
     y: str,
     whole_x: bool = False,
+    x_names: Sequence[str] = (),
     diagonal: bool = False,
 ) -> str:
-    """A line chart; `diagonal` draws y = x on equal axes instead (predicted against measured)."""
+    """A line chart; `diagonal` draws y = x on equal axes instead (predicted against measured).
+
+    `x_names` label x = 0, 1, …: bins whose edges no scale would show.
+    """
     xs = [px for s in series for px, _ in s.points]
     ys = [v for s in series for k, p in enumerate(s.points) for v in (p[1], *_ends(s, k))]
     if not xs:
@@ -83,10 +87,12 @@ def lines(
     across = _scale(x_lo, x_hi, LEFT, WIDTH - RIGHT)
     up = _scale(y_lo, y_hi, HEIGHT - BOTTOM, TOP)
     parts = [_grid_y(ticks(y_lo, y_hi), up), _title(title, WIDTH)]
-    marks = [float(v) for v in sorted(set(xs))] if whole_x else ticks(x_lo, x_hi)
+    whole = whole_x or bool(x_names)
+    marks = [float(v) for v in sorted(set(xs))] if whole else ticks(x_lo, x_hi)
+    words = [x_names[round(v)] for v in marks] if x_names else labels(marks)
     parts += [
         _text(across(v), HEIGHT - BOTTOM + 15, mark, "tick", "middle")
-        for v, mark in zip(marks, labels(marks), strict=True)
+        for v, mark in zip(marks, words, strict=True)
     ]
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x, "label", "middle"))
     parts.append(_text(4, 12, y, "label", "start"))

@@ -30,7 +30,7 @@ from pipeline.dataset import arrays, collate
 from pipeline.draft import Draft, Needs, find
 from pipeline.interface import Shape
 from pipeline.replay import Replay, block_survival, replay, token_survival
-from pipeline.score import Rollouts, Scores, depth_sums, rollouts, score
+from pipeline.score import Rollouts, Scores, depth_sums, rollouts, score, strata
 from pipeline.seeds import uniforms
 from pipeline.target import read_interface, read_spec, resident_target
 from storage.reader import Cache
@@ -57,6 +57,8 @@ class EvaluateConfig(Strict):
     decode_new_tokens: Annotated[int, Field(gt=1)]
     """Length limit of a decoded response, its first token included."""
     decode_batch: Count
+    trace_prompts: Annotated[int, Field(ge=0)]
+    """Decoded prompts of which the report shows every round, spread over the domains."""
     features: Literal["cache", "exact"]
     """Whether decoding passes hidden states through the cache's dtype."""
     seed: int
@@ -102,6 +104,8 @@ class Job:
     """Sequences of the temperature's cache."""
     decoded: frozenset[str] = frozenset()
     """Of a replay: the prompts that are decoded too."""
+    traced: frozenset[str] = frozenset()
+    """Of a decoding: the prompts of which every round is kept."""
 
 
 @dataclass
@@ -110,10 +114,14 @@ class Outcome:
 
     rounds: Rows = field(default_factory=list)
     depths: Rows = field(default_factory=list)
+    strata: Rows = field(default_factory=list)
+    """Of a replay: sums over its anchors by place and by entropy."""
     speed: dict[str, float] = field(default_factory=dict)
     """Of a decoding: tokens, steps, seconds; measured, so never part of a result."""
     identical: int = 0
     """Decoded responses that equal the cached rollout, cut to the limit."""
+    traces: Rows = field(default_factory=list)
+    """Of the traced prompts: what was drafted and kept, round by round, as text."""
 
 
 def law_name(temperature: float) -> str:
@@ -185,7 +193,7 @@ def _replay(bench: Bench, job: Job) -> Outcome:
     whole = rollouts(scores, batch)
     cut = rollouts(scores, batch, max_new_tokens=config.decode_new_tokens)
     token = token_survival(whole.logr)
-    outcome = Outcome(depths=_depth_rows(records, scores))
+    outcome = Outcome(depths=_depth_rows(records, scores), strata=strata(scores, batch))
     add = outcome.rounds.extend
     add(_round_rows(records, whole, replay(token, whole.remaining), instrument="replay"))
     if job.temperature > 0:
@@ -193,7 +201,7 @@ def _replay(bench: Bench, job: Job) -> Outcome:
         add(_round_rows(records, whole, block, instrument="replay_block"))
     shown = _round_rows(records, cut, replay(token, cut.remaining), instrument="replay_decode")
     add(row for row in shown if row["prompt"] in job.decoded and row["gamma"] == gamma)
-    for row in (*outcome.rounds, *outcome.depths):
+    for row in (*outcome.rounds, *outcome.depths, *outcome.strata):
         row["temperature"] = float(job.temperature)
     return outcome
 
@@ -239,6 +247,7 @@ def _named(record: Record) -> dict[str, Any]:
 def _decode(bench: Bench, job: Job) -> Outcome:
     """Decode a batch of prompts; `plain` where the job has no draft."""
     from pipeline.speculate import Rules, decode
+    from pipeline.trace import trace_row
 
     config, cache = bench.config, bench.cache(job.temperature)
     spec = read_spec(bench.target)
@@ -269,6 +278,18 @@ def _decode(bench: Bench, job: Job) -> Outcome:
     decode(target, draft, prompts[:1], warm, uniforms_BU=first)
     decoded, timing = decode(target, draft, prompts, rules, uniforms_BU=torch.stack(drawn))
     outcome = Outcome()
+    if shown := [i for i, record in enumerate(records) if record.id in job.traced]:
+        traced, _ = decode(
+            target,
+            draft,
+            [prompts[i] for i in shown],
+            replace(rules, trace=True),
+            uniforms_BU=torch.stack([drawn[i] for i in shown]),
+        )
+        outcome.traces = [
+            _named(records[i]) | trace_row(row, prompts[i], rules, target.tokenizer)
+            for i, row in zip(shown, traced, strict=True)
+        ]
     outcome.speed = {
         "tokens": float(sum(row.num_counted for row in decoded)),
         "steps": float(timing.steps),

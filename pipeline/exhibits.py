@@ -5,12 +5,13 @@ style (colour, marker, dash) on the whole page: its objective's place in the par
 baseline first.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 from pipeline.charts import Bar, Series, forest, lines
-from pipeline.findings import Comparison, Findings, Prediction, Tau
+from pipeline.findings import Comparison, Findings, Prediction, Tau, Where
 from pipeline.page import Cell, Column, Table
-from pipeline.results import ALL
+from pipeline.results import ALL, Stratum
 from pipeline.statistics import MIN_SEEDS, Interval
 
 Curves = Mapping[tuple[str, str], Sequence[Mapping[str, float | None]]]
@@ -206,6 +207,76 @@ def _predicted_row(p: Prediction) -> dict[str, Cell]:
         "z": a.z if sampled else None,
         "unequal": None if sampled else a.unequal,
     }
+
+
+def between(stratum: Stratum) -> str:
+    """`8 to 31` tokens, `0.5 to 1` nats, `4 and more`."""
+    if stratum.hi == math.inf:
+        return f"{stratum.lo:g} and more"
+    return f"{stratum.lo:g} to {stratum.hi - (stratum.kind == 'position'):g}"
+
+
+def strata_table(found: Findings, kind: str) -> Table:
+    """Acceptance of the first and all drafted tokens by where a round starts."""
+    what = {"position": "place in the response", "entropy": "entropy of the target's law, nats"}
+    columns = [
+        Column("draft", "draft", merge=True),
+        Column("temperature", "T", merge=True),
+        Column("objective", "objective", merge=True),
+        Column("where", what[kind]),
+        Column("depth", "depth k"),
+        Column("anchors", "anchors"),
+        Column("alpha", "α", digits=4),
+        Column("accept", "accepted, cached token", digits=4),
+        Column("survive", "joint", digits=4),
+    ]
+    rows: list[dict[str, Cell]] = [
+        {
+            "draft": w.draft,
+            "temperature": f"{w.temperature:g}",
+            "objective": w.objective,
+            "where": between(w.stratum),
+            "depth": w.depth,
+            "anchors": w.anchors,
+            "alpha": w.alpha,
+            "accept": w.accept,
+            "survive": w.survive,
+        }
+        for w in sorted(found.strata, key=lambda w: _strata_place(w, found))
+        if w.stratum.kind == kind
+    ]
+    return Table(f"Acceptance by {what[kind]}, of rounds that start there", columns, rows)
+
+
+def _strata_place(w: Where, found: Findings) -> tuple[int, float, int]:
+    """By draft, temperature falling, objective; sorting is stable within."""
+    drafts = list(dict.fromkeys(x.draft for x in found.strata))
+    objectives = list(dict.fromkeys(x.objective for x in found.strata))
+    return drafts.index(w.draft), -w.temperature, objectives.index(w.objective)
+
+
+def strata_charts(found: Findings, style: Mapping[str, int], kind: str) -> list[str]:
+    """α of the first drafted token by where it stands, at the sampled law; one chart a draft."""
+    rows = [w for w in found.strata if w.stratum.kind == kind and w.depth == 0 and w.alpha]
+    strata = sorted({w.stratum for w in rows})
+    names = {"position": "place in the response", "entropy": "entropy of p, nats"}
+    ticks = [f"{s.lo:g}–" if s.hi != math.inf else f"{s.lo:g}+" for s in strata]
+    charts = []
+    for draft in dict.fromkeys(w.draft for w in rows):
+        series = [
+            Series(
+                name,
+                style[name],
+                [
+                    (float(strata.index(w.stratum)), w.alpha or 0.0)
+                    for w in rows
+                    if (w.draft, w.objective) == (draft, name)
+                ],
+            )
+            for name in dict.fromkeys(w.objective for w in rows if w.draft == draft)
+        ]
+        charts.append(lines(draft, series, x=names[kind], y="α", x_names=ticks))
+    return charts
 
 
 def forest_charts(primary: Sequence[Comparison], style: Mapping[str, int]) -> list[str]:

@@ -14,7 +14,18 @@ from pydantic import Field
 
 from pipeline.config import Strict
 from pipeline.matrix import Arm
-from pipeline.results import ALL, BLOCK, DECODE, REPLAY, REPLAY_DECODE, SUMS, Key, Results
+from pipeline.results import (
+    ALL,
+    BLOCK,
+    DECODE,
+    REPLAY,
+    REPLAY_DECODE,
+    STRATUM_SUMS,
+    SUMS,
+    Key,
+    Results,
+    Stratum,
+)
 from pipeline.statistics import (
     Agreement,
     Difference,
@@ -96,6 +107,23 @@ class Depth:
 
 
 @dataclass(frozen=True)
+class Where:
+    """Acceptance of an objective at one depth, over anchors of one kind, seeds pooled."""
+
+    draft: str
+    objective: str
+    temperature: float
+    stratum: Stratum
+    depth: int
+    anchors: int
+    alpha: float | None
+    """None at T = 0."""
+    accept: float
+    survive: float
+    """Joint acceptance of depths 0 … k of rounds that start there."""
+
+
+@dataclass(frozen=True)
 class Findings:
     """Everything that the report prints of the arms."""
 
@@ -107,6 +135,7 @@ class Findings:
     z_points: dict[float, float]
     """By temperature: the familywise 99 % point for the largest |z|."""
     depths: list[Depth]
+    strata: list[Where]
     blocks: list[Comparison]
     """Block verification against token verification of the same arms, T > 0."""
     prompts: int
@@ -137,6 +166,7 @@ def find(results: Results, config: ReportConfig) -> Findings:
         predictions=predictions,
         z_points=points,
         depths=_depths(results),
+        strata=_strata(results),
         blocks=_blocks(results, config, config.gammas[0]),
         prompts=len(results.prompts[REPLAY]),
         domains=domains,
@@ -314,3 +344,31 @@ def _depth(
         survive=survive,
         conditional=survive / before if before else 0.0,
     )
+
+
+def _strata(results: Results) -> list[Where]:
+    """Acceptance by place in the response and by the target's entropy, every depth."""
+    rows = []
+    places = sorted({(stratum, depth) for _, _, stratum, depth in results.where})
+    for draft, objective, temperature in _cells(results):
+        arms = results.of(draft, objective)
+        for stratum, depth in places:
+            keys = [(arm.key, temperature, stratum, depth) for arm in arms]
+            found = [results.where[key] for key in keys if key in results.where]
+            sums = {name: sum(sum_[name] for sum_ in found) for name in STRATUM_SUMS}
+            if not sums["anchors"]:
+                continue
+            rows.append(
+                Where(
+                    draft,
+                    objective,
+                    temperature,
+                    stratum,
+                    depth,
+                    anchors=int(sums["anchors"]),
+                    alpha=sums["alpha"] / sums["anchors"] if temperature > 0 else None,
+                    accept=sums["accept"] / sums["anchors"],
+                    survive=sums["survive"] / sums["anchors"],
+                )
+            )
+    return rows

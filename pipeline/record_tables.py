@@ -5,10 +5,12 @@ out what is not, because a report must open on results of any preset.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from pipeline.findings import Findings
 from pipeline.page import SIGNIFICANT, Cell, Column, Table
-from pipeline.results import Results
+from pipeline.results import ALL, Results
 
 Json = Mapping[str, Any]
 
@@ -81,6 +83,98 @@ def speed_tables(results: Results, timings: Mapping[str, Json]) -> list[Table]:
         Column("target_step_ms", "target pass, ms", digits=2),
     ]
     caption = "Measured decoding speed, in batches; short runs on one machine, no result"
+    return [Table(caption, columns, rows)] if rows else []
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Measured seconds of one draft at one temperature, means over its decoded arms."""
+
+    plain: float
+    """c: a pass of the target over one token a row."""
+    draft: float
+    """One drafted token."""
+    verify: float
+    """A pass of the target over γ + 1 tokens a row, at the decoded γ."""
+    gamma: int
+
+    def speedup(self, tau: float, gamma: int) -> float:
+        """τ·c / (γ·c_draft + c_verify(γ)), tokens/s over plain decoding's.
+
+        c_verify is measured at one γ; between and beyond it is taken as linear in the tokens fed.
+        """
+        verify = self.plain + max(self.verify - self.plain, 0.0) * gamma / self.gamma
+        return tau * self.plain / (gamma * self.draft + verify)
+
+
+def step_times(
+    results: Results, found: Findings, timings: Mapping[str, Json]
+) -> dict[tuple[str, float], Steps]:
+    """By draft and temperature, where an arm of it was decoded beside plain decoding."""
+    steps = {}
+    for draft in results.drafts:
+        for temperature in results.temperatures():
+            rows = []
+            for p in found.predictions:
+                times = timings.get(f"evaluate-{p.arm.start}", {})
+                law = f"T={p.temperature:g}"
+                names = [f"plain {law} target_step_s"]
+                names += [f"{p.arm.objective} {law} {w}_step_s" for w in ("draft", "target")]
+                if (p.arm.draft, p.temperature) == (draft, temperature) and all(
+                    name in times for name in names
+                ):
+                    rows.append([float(times[name]) for name in names] + [float(p.gamma)])
+            if rows:
+                plain, drafted, verify, gamma = (
+                    sum(c) / len(rows) for c in zip(*rows, strict=True)
+                )
+                steps[draft, temperature] = Steps(plain, drafted, verify, round(gamma))
+    return steps
+
+
+def speedup_tables(results: Results, found: Findings, timings: Mapping[str, Json]) -> list[Table]:
+    """Each arm's best γ under the cost model of `Steps`, and what it would gain."""
+    rows: list[dict[str, Cell]] = []
+    for (draft, temperature), steps in step_times(results, found, timings).items():
+        for objective in results.objectives(draft):
+            taus = {
+                t.gamma: t.tau.estimate
+                for t in found.tau
+                if (t.draft, t.objective, t.temperature, t.domain)
+                == (draft, objective, temperature, ALL)
+            }
+            if not taus:
+                continue
+            gains = {gamma: steps.speedup(tau, gamma) for gamma, tau in taus.items()}
+            best = max(gains, key=lambda gamma: gains[gamma])
+            rows.append(
+                {
+                    "draft": draft,
+                    "temperature": f"{temperature:g}",
+                    "objective": objective,
+                    "best_gamma": best,
+                    "tau": taus[best],
+                    "speedup": gains[best],
+                    "speedup_decoded": gains.get(steps.gamma),
+                    "draft_cost": steps.draft / steps.plain,
+                    "verify_cost": steps.verify / steps.plain,
+                }
+            )
+    columns = [
+        Column("draft", "draft", merge=True),
+        Column("temperature", "T", merge=True),
+        Column("objective", "objective"),
+        Column("best_gamma", "best γ"),
+        Column("tau", "τ there"),
+        Column("speedup", "expected speed-up"),
+        Column("speedup_decoded", "at the decoded γ"),
+        Column("draft_cost", "c_draft / c", digits=3),
+        Column("verify_cost", "c_verify / c", digits=3),
+    ]
+    caption = (
+        "Best γ and expected speed-up τ·c / (γ·c_draft + c_verify), from replay's τ and the step "
+        "times measured in this run's batches; an expectation for this machine, no result"
+    )
     return [Table(caption, columns, rows)] if rows else []
 
 

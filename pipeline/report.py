@@ -4,6 +4,7 @@ Torch-free; draws what was computed and stored before (`pipeline.findings`). Rea
 writes nothing itself: texts in, texts out; `stages.report` opens and publishes.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,8 @@ from pipeline.exhibits import (
     law,
     predicted_chart,
     predicted_table,
+    strata_charts,
+    strata_table,
     styles,
     tau_long,
     tau_table,
@@ -32,6 +35,7 @@ from pipeline.record_tables import (
     facts,
     rate_tables,
     speed_tables,
+    speedup_tables,
 )
 from pipeline.results import ALL, Results
 from pipeline.statistics import MIN_SEEDS, verdict
@@ -50,6 +54,8 @@ class Records:
     timings: Mapping[str, Json] = field(default_factory=dict)
     """By stage and cell, as the file is named: `train-lm-kl-0`."""
     curves: Curves = field(default_factory=dict)
+    traces: Mapping[str, Sequence[Json]] = field(default_factory=dict)
+    """By arm: decoded prompts round by round (`pipeline.trace`)."""
     params: Json = field(default_factory=dict)
 
 
@@ -103,8 +109,11 @@ def _tables(
         "predicted": [predicted_table(found)],
         "cache": rate_tables(records.cache),
         "coverage": coverage_tables(records.cache),
+        "position": [strata_table(found, "position")],
+        "entropy": [strata_table(found, "entropy")],
         "cost": cost_tables(results, records.timings),
         "speed": speed_tables(results, records.timings),
+        "speedup": speedup_tables(results, found, records.timings),
     }
 
 
@@ -130,9 +139,12 @@ def _content(
             "forest": forest_charts(primary, style),
             "gamma": gamma_charts(found, style),
             "depth": depth_charts(found, style),
+            "position": strata_charts(found, style, "position"),
+            "entropy": strata_charts(found, style, "entropy"),
             "curves": curve_charts(records.curves, style),
             "predicted": predicted_chart(found, style),
         },
+        "traces": trace_view(records.traces),
         "agreement": agreement_words(found),
         "sharpen": records.target.get("sharpen"),
         "facts": facts(records.target, records.cache, records.metrics, records.params),
@@ -273,3 +285,78 @@ def metrics(found: Findings) -> dict[str, Any]:
         leaf["difference_percent_hi"] = round(100 * shown.hi, 4)
         leaf["seeds"] = c.difference.seeds
     return nested
+
+
+def trace_view(traces: Mapping[str, Sequence[Json]]) -> list[dict[str, Any]]:
+    """Traced prompts, each with its decodings by every arm: what the page steps through.
+
+    [{domain, prompt_text, decodings: [{arm, law, gamma, tokens, passes, tau, first, rounds}]}].
+    """
+    prompts: dict[str, dict[str, Any]] = {}
+    for arm, rows in traces.items():
+        for row in rows:
+            entry = prompts.setdefault(
+                row["prompt"],
+                {"domain": row["domain"], "prompt_text": row["prompt_text"], "decodings": []},
+            )
+            tokens, passes = sum(r["emitted"] for r in row["rounds"]), len(row["rounds"])
+            entry["decodings"].append(
+                {
+                    "arm": arm,
+                    "temperature": row["temperature"],
+                    "law": law(row["temperature"]),
+                    "gamma": row["gamma"],
+                    "tokens": tokens,
+                    "passes": passes,
+                    "tau": f"{tokens / passes:.2f}" if passes else "–",
+                    "first": "".join(map(visible, row["first"])),
+                    "rounds": [_shown_round(r) for r in row["rounds"]],
+                }
+            )
+    for entry in prompts.values():
+        entry["decodings"].sort(key=lambda d: -d["temperature"])
+    return sorted(prompts.values(), key=lambda entry: entry["domain"])
+
+
+def visible(token: str) -> str:
+    """A token with its line ends, tabs and blanks to be seen."""
+    shown = token.replace("\n", "⏎").replace("\t", "⇥")
+    return shown if shown.strip(" ") else shown.replace(" ", "␣") or "∅"
+
+
+def _shown_round(r: Json) -> dict[str, Any]:
+    """Chips of one round: drafts up to the first refusal with their numbers, then the target's."""
+    drafts: list[dict[str, Any]] = []
+    refused = False
+    for draft in r["drafts"]:
+        kept = bool(draft["kept"])
+        state = "kept" if kept else "unseen" if refused else "refused"
+        refused = refused or not kept
+        drafts.append({"token": visible(draft["token"]), "state": state, "why": _why(draft, state)})
+    own = "bonus" if not refused else "in its place"
+    return {
+        "place": r["start"],
+        "drafts": drafts,
+        "own": {"token": visible(r["token"]), "why": f"target’s own, {own}; p {_prob(r['p'])}"},
+        "cut": r["emitted"] < 1 + sum(d["state"] == "kept" for d in drafts),
+    }
+
+
+def _why(draft: Json, state: str) -> str:
+    """`kept: p 0.32, q 0.41, u 0.12 < p/q 0.78; α 0.77`."""
+    p = _prob(draft["p"])
+    if draft["q"] is None:
+        word = {"kept": "kept: the target’s argmax", "refused": "refused: not the argmax"}
+        return f"{word.get(state, 'after a refusal')}; p {p}"
+    q = _prob(draft["q"])
+    if state == "unseen":
+        return f"after a refusal; p {p}, q {q}"
+    ratio = draft["p"] / draft["q"] if draft["q"] else math.inf
+    sign = "<" if state == "kept" else "≥"
+    return (
+        f"{state}: p {p}, q {q}, u {draft['u']:.3f} {sign} p/q {ratio:.3f}; α {draft['alpha']:.3f}"
+    )
+
+
+def _prob(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.0005 or p == 0 else "< 0.001"

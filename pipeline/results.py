@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from pipeline.matrix import Arm
 from pipeline.statistics import Floats, Panel
 from storage.errors import ResultError
-from storage.tables import DEPTHS, ROUNDS, read_table
+from storage.tables import DEPTHS, ROUNDS, STRATA, read_table
 
 REPLAY, DECODE, REPLAY_DECODE = "replay", "decode", "replay_decode"
 BLOCK = "replay_block"
 ALL = "all"
 MIN_PROMPTS = 2
 COUNTS = ("tokens", "rounds", "drafted", "accepted")
+STRATUM_SUMS = ("anchors", "alpha", "accept", "survive")
 SUMS = ("anchors", "alpha", "alpha_lo", "alpha_hi", "accept", "survive")
 
 
@@ -36,6 +37,16 @@ class Key:
     instrument: str
     temperature: float
     gamma: int
+
+
+@dataclass(frozen=True, order=True)
+class Stratum:
+    """Anchors of one kind: lo ≤ value < hi."""
+
+    kind: str
+    """`position` (of the drafted token in its response) or `entropy` (nats of its law)."""
+    lo: float
+    hi: float
 
 
 @dataclass
@@ -51,6 +62,8 @@ class Results:
     """By column: tokens, rounds, drafted, accepted [N], zero where the column lacks a prompt."""
     depths: dict[tuple[str, float, int], dict[str, float]] = field(default_factory=dict)
     """By arm, temperature, depth: the sums of `SUMS` over prompts."""
+    where: dict[tuple[str, float, "Stratum", int], dict[str, float]] = field(default_factory=dict)
+    """By arm, temperature, kind of anchor, depth: the sums of `STRATUM_SUMS`."""
 
     @property
     def drafts(self) -> list[str]:
@@ -106,7 +119,7 @@ def sum_of(arrays: Iterable[Floats]) -> Floats:
 
 
 def read_results(root: Path, arms: Sequence[Arm]) -> Results:
-    """Read `<root>/<start>/arms/<objective>.{rounds,depths}.parquet` of every listed arm.
+    """Read `<root>/<start>/arms/<objective>.{rounds,depths,strata}.parquet` of every listed arm.
 
     `ResultError` where a row names another arm, or where two arms did not see the same prompts
     (in replay: the same rollouts).
@@ -120,6 +133,11 @@ def read_results(root: Path, arms: Sequence[Arm]) -> Results:
         tables[arm.key] = _by_column(_own(read_table(path, ROUNDS), arm, path), arm)
         path = stem / f"{arm.objective}.depths.parquet"
         _add_depths(results, _own(read_table(path, DEPTHS), arm, path), arm)
+        path = stem / f"{arm.objective}.strata.parquet"
+        for row in _own(read_table(path, STRATA), arm, path):
+            stratum = Stratum(row["by"], row["lo"], row["hi"])
+            sums = {name: row[name] or 0.0 for name in STRATUM_SUMS}
+            results.where[arm.key, row["temperature"], stratum, row["depth"]] = sums
         for key, rows in tables[arm.key].items():
             _same_prompts(first, key, rows)
             for row in rows:

@@ -103,6 +103,8 @@ def plan(bench: Bench, drafts: Sequence[Path], *, decode: bool) -> list[Job]:
         for t, cache in caches.items():
             rows = chosen.get(t, [])
             decoded = frozenset(cache.ids[i] for i in rows)
+            picked = balanced([cache.domains[i] for i in rows], config.trace_prompts)
+            traced = frozenset(cache.ids[rows[i]] for i in picked)
             if replayable(t):
                 everything = range(cache.num_sequences)
                 jobs.extend(
@@ -110,7 +112,8 @@ def plan(bench: Bench, drafts: Sequence[Path], *, decode: bool) -> list[Job]:
                     for batch in _batches(everything, config.batch_sequences)
                 )
             jobs.extend(
-                Job("decode", folder, t, batch) for batch in _batches(rows, config.decode_batch)
+                Job("decode", folder, t, batch, traced=traced)
+                for batch in _batches(rows, config.decode_batch)
             )
     return jobs
 

@@ -7,6 +7,7 @@ Dims: B sequences, T tokens, S depths, E rollouts, N remaining tokens (padded), 
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -16,8 +17,14 @@ from torch import Tensor
 from pipeline.batch import Batch
 from pipeline.bounds import bounds
 from pipeline.draft import Draft
+from pipeline.law import DenseLaw, Law
 from pipeline.replay import Floats, Ints
 from pipeline.terms import terms
+
+POSITIONS = (1, 8, 32, 128, 512, 2048, np.inf)
+"""Edges of `strata` by place in the response: token 0 is the target's own and never drafted."""
+NATS = (0, 0.1, 0.5, 1, 2, 4, np.inf)
+"""Edges of `strata` by entropy: near-certain tokens, chat models' mean of 0.5 to 1, hard ones."""
 
 CHUNK_BYTES = 1 << 26  # of logits in float32: what is scored at once beside the draft's own output
 
@@ -154,7 +161,55 @@ def depth_sums(scores: Scores) -> dict[str, Floats]:
     `survive` is the product of the acceptances of depths 0 … k, averaged over all anchors: it is
     not τ's survival, because rounds start at harder places (reference/prototype.md §0).
     """
+    return {name: grid.sum(-1) for name, grid in _numbers(scores).items()}
+
+
+def _numbers(scores: Scores) -> dict[str, Floats]:
+    """[S, B, T] each, 0 outside the pairs: 1, the acceptance of the token, its product, α."""
     accept = np.exp(np.minimum(scores.logr, 0.0))
     survive = np.cumprod(accept, axis=0)
-    numbers = {"anchors": scores.pair * 1.0, "accept": accept, "survive": survive, **scores.alpha}
-    return {name: grid.sum(-1) for name, grid in numbers.items()}
+    return {"anchors": scores.pair * 1.0, "accept": accept, "survive": survive, **scores.alpha}
+
+
+def entropy(law: Law) -> Tensor:
+    """[R] float64 nats: the entropy of each row, unbiased where its tail was sampled.
+
+    A tail without samples counts as one symbol, which is never too much.
+    """
+    if isinstance(law, DenseLaw):
+        return -(law.logp.exp() * law.logp).sum(-1, dtype=torch.float64)
+    p = law.p.double()
+    parts = -law.weight.double() * torch.xlogy(p, p)
+    bucket = law.bucket.double()
+    return -torch.xlogy(bucket, bucket).index_add(0, law.rows(), -parts)
+
+
+def strata(scores: Scores, batch: Batch) -> list[dict[str, float | str]]:
+    """Sums of `depth_sums` over anchors of one kind: rows of `storage.tables.STRATA`, arm apart.
+
+    An anchor's kind is that of its depth 0: the place of the drafted token in its response
+    (`POSITIONS`), and the entropy of the target's law there (`NATS`; T > 0 only, where laws are
+    stored). Joint acceptance of deeper depths is thus conditional on where the round starts.
+    """
+    turn = batch.turn.numpy(force=True)
+    start = (turn >= 0) & (turn != np.pad(turn, ((0, 0), (1, 0)), constant_values=-1)[:, :-1])
+    index = np.arange(turn.shape[1])
+    first = np.maximum.accumulate(np.where(start, index, 0), axis=1)
+    # anchor j drafts x_{j+2} of the response that x_{j+1} lies in
+    place = np.pad(index + 1 - first, ((0, 0), (0, 1)))[:, 1:]
+    kinds = {"position": (place, POSITIONS)}
+    if scores.alpha and batch.law is not None:
+        row = np.pad(batch.law_row.numpy(force=True), ((0, 0), (0, 1)), constant_values=-1)[:, 1:]
+        nats = entropy(batch.law).clamp(min=0).numpy(force=True)
+        kinds["entropy"] = (np.where(row >= 0, nats[row], np.inf), NATS)
+    numbers = _numbers(scores)
+    rows: list[dict[str, float | str]] = []
+    for kind, (value_BT, edges) in kinds.items():
+        for lo, hi in pairwise(edges):
+            inside_BT = (value_BT >= lo) & (value_BT < hi)
+            for k in range(len(scores.pair)):
+                mine = inside_BT & scores.pair[k]
+                if mine.any():
+                    sums = {name: float(grid[k][mine].sum()) for name, grid in numbers.items()}
+                    rows.append({"by": kind, "lo": lo, "hi": hi, "depth": k} | sums)
+    return rows

@@ -46,11 +46,44 @@ class Rules:
     """Whether the draft reads the states after the final norm."""
     features: Literal["cache", "exact"] = "cache"
     """`cache`: hidden states pass through bf16, as the cache stores them."""
+    trace: bool = False
+    """Keep what each round drafted and why it was kept or not (`Decoded.trace`)."""
 
     @property
     def num_uniforms(self) -> int:
         """U: one for the first token, then 2γ + 1 a round (γ drafts, γ verdicts, one token)."""
         return 1 + max(self.max_new_tokens - 1, 0) * (2 * self.gamma + 1)
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """One drafted token and its verdict."""
+
+    token: int
+    p: float
+    """Under the target's law before it; at T = 0 under the law at T = 1, for reading."""
+    q: float | None
+    """Under the law that it was drawn from; None at T = 0."""
+    alpha: float | None
+    """Σ_v min(p_v, q_v) of those two laws, the chance to keep any draft; None at T = 0."""
+    uniform: float | None
+    """u: kept where u < p/q; None at T = 0, where it is kept if it is the target's argmax."""
+    kept: bool
+
+
+@dataclass(frozen=True)
+class Round:
+    """One target pass."""
+
+    start: int
+    """Response tokens before it."""
+    drafts: tuple[Drafted, ...]
+    token: int
+    """The target's own, after the drafts that were kept."""
+    p: float
+    """Of that token, as in `Drafted`."""
+    emitted: int
+    """Tokens that the response took of it: fewer than kept + 1 where it ended."""
 
 
 @dataclass
@@ -63,6 +96,8 @@ class Decoded:
     drafted: int = 0
     kept: list[int] = field(default_factory=list)
     """[γ] rounds whose draft of depth k was accepted and emitted."""
+    trace: list[Round] = field(default_factory=list)
+    """Every round, where `Rules.trace` asks for it."""
 
     @property
     def accepted(self) -> int:
@@ -238,6 +273,9 @@ class _Rows:
         emitted_BQ.scatter_(1, accepted_B[:, None], next_B[:, None])
         count_B = self._emit(emitted_BQ, accepted_B + 1)
         self.session.rollback(self.length_B - 1)
+        if self.rules.trace:
+            laws = (p_BGV if temperature > 0 else probabilities(step.logits, 1.0), q_BGV)
+            self._trace(laws, emitted_BQ, drafted_BG, draws[:, gamma:], accepted_B, count_B)
         kept = torch.minimum(accepted_B, count_B).tolist()
         for index, num_kept in zip(self.index_B.tolist(), kept, strict=True):
             row = self.decoded[index]
@@ -246,6 +284,43 @@ class _Rows:
             for k in range(num_kept):
                 row.kept[k] += 1
         self._leave()
+
+    def _trace(
+        self,
+        laws: tuple[Tensor, Tensor],
+        emitted_BQ: Tensor,
+        drafted_BG: Tensor,
+        uniforms_BQ: Tensor,
+        accepted_B: Tensor,
+        count_B: Tensor,
+    ) -> None:
+        """Append this round to every row's trace, in plain numbers."""
+        p_BQV, q_BGV = laws
+        gamma, sampled = self.rules.gamma, self.rules.temperature > 0
+        p_BG = p_BQV[:, :gamma].gather(2, drafted_BG[..., None])[..., 0].tolist()
+        own_B = emitted_BQ.gather(1, accepted_B[:, None])
+        row_B = torch.arange(len(own_B), device=own_B.device)
+        own_p_B = p_BQV[row_B, accepted_B].gather(1, own_B)[:, 0].tolist()
+        if sampled:
+            q_BG = q_BGV.gather(2, drafted_BG[..., None])[..., 0].tolist()
+            alpha_BG = torch.minimum(p_BQV[:, :gamma], q_BGV).sum(-1).tolist()
+        before_B = (self.length_B - count_B - self.limit_B + self.rules.max_new_tokens).tolist()
+        drafted, uniform = drafted_BG.tolist(), uniforms_BQ.tolist()
+        accepted, count = accepted_B.tolist(), count_B.tolist()
+        for b, index in enumerate(self.index_B.tolist()):
+            drafts = tuple(
+                Drafted(
+                    token=drafted[b][k],
+                    p=p_BG[b][k],
+                    q=q_BG[b][k] if sampled else None,
+                    alpha=alpha_BG[b][k] if sampled else None,
+                    uniform=uniform[b][k] if sampled else None,
+                    kept=k < accepted[b],
+                )
+                for k in range(gamma)
+            )
+            own, start = int(own_B[b]), int(before_B[b])
+            self.decoded[index].trace.append(Round(start, drafts, own, own_p_B[b], count[b]))
 
     def _draft(self, uniforms_BG: Tensor) -> tuple[Tensor, Tensor]:
         """The drafts [B, γ] and, at T > 0, the laws they were drawn from [B, γ, V]."""

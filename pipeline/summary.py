@@ -25,6 +25,22 @@ def summarise(rounds: Sequence[Row], depths: Sequence[Row]) -> dict[str, Any]:
     return found
 
 
+def merge_strata(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Batches' sums of one stratum -> one row each of `storage.tables.STRATA`, arm apart."""
+    names = ("temperature", "by", "lo", "hi", "depth")
+    merged: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in names)
+        sums = merged.setdefault(key, dict(zip(names, key, strict=True)) | {"alpha": None})
+        for name in ("anchors", "alpha", "accept", "survive"):
+            if name in row:
+                sums[name] = (sums.get(name) or 0.0) + row[name]
+    return [
+        sums | {"anchors": int(sums["anchors"])}
+        for _, sums in sorted(merged.items(), key=lambda item: item[0])
+    ]
+
+
 def _by_depth(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for name in ("alpha", "alpha_lo", "alpha_hi", "accept", "survive"):

@@ -14,8 +14,8 @@ from pipeline.evaluate import EvaluateConfig, Job, Outcome, law_name, run_job
 from pipeline.matrix import Arm, Start, cell
 from pipeline.provenance import run
 from pipeline.schedule import open_bench, plan
-from pipeline.summary import identical, speeds, summarise
-from storage.tables import DEPTHS, ROUNDS, write_table
+from pipeline.summary import identical, merge_strata, speeds, summarise
+from storage.tables import DEPTHS, ROUNDS, STRATA, write_table
 from storage.workspace import Workspace, digest, write_json
 
 TARGET = Path("target")
@@ -55,12 +55,16 @@ def main() -> None:
 
 
 def _write_arm(folder: Path, key: str, arm: Arm, done: list[tuple[Job, Outcome]]) -> dict[str, Any]:
-    """Both tables of an arm; returns its metrics."""
+    """An arm's tables and traces; returns its metrics."""
     named = {"arm": key, **arm.model_dump(exclude={"start"})}
     rounds = [named | row for _, found in done for row in found.rounds]
     depths = [named | row for _, found in done for row in found.depths]
     write_table(folder / f"{arm.objective}.rounds.parquet", ROUNDS, rounds)
     write_table(folder / f"{arm.objective}.depths.parquet", DEPTHS, depths)
+    strata = merge_strata(row for _, found in done for row in found.strata)
+    write_table(folder / f"{arm.objective}.strata.parquet", STRATA, [named | r for r in strata])
+    traces = [row for _, found in done for row in found.traces]
+    write_json(folder / f"{arm.objective}.traces.json", {"arm": key, "traces": traces})
     return summarise(rounds, depths) | identical([found for _, found in done])
 
 

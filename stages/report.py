@@ -54,6 +54,12 @@ def _records(arms: Sequence[Arm], config: ReportConfig) -> Records:
         metrics={name: read_json(path) for name, path in metrics.items() if path.is_file()},
         timings={name: read_json(path) for name, path in timings.items() if path.is_file()},
         curves=_curves(arms),
+        traces={
+            arm.key: read_json(path)["traces"]
+            for arm in arms
+            for path in [Path("results", arm.start, "arms", f"{arm.objective}.traces.json")]
+            if path.is_file()
+        },
         params={"report": config.model_dump()},
     )
 

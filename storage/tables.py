@@ -10,6 +10,7 @@ size, one codec.
 | `SEQUENCES` | a prompt with a response, as tokens |
 | `ROUNDS` | one prompt decoded (or replayed) by one arm at one temperature and γ |
 | `DEPTHS` | sums over one prompt's supervised anchors at one depth, by one arm and temperature |
+| `STRATA` | the same over all prompts' anchors of one kind: by place in the response, by entropy |
 """
 
 from collections.abc import Iterable, Mapping
@@ -78,6 +79,20 @@ DEPTHS = pa.schema(
         ("alpha_hi", pa.float64()),
         ("accept", pa.float64()),  # sum of min(1, q(x) / p(x)); at T = 0 of [argmax q = x]
         ("survive", pa.float64()),  # sum of the product of accept over depths 0 ... k
+    ]
+)
+STRATA = pa.schema(
+    [
+        *ARM,
+        ("temperature", pa.float64()),
+        ("by", pa.string()),  # "position" of the drafted token at k = 0 | "entropy" of its law
+        ("lo", pa.float64()),  # lo <= position or nats < hi
+        ("hi", pa.float64()),
+        ("depth", pa.int64()),
+        ("anchors", pa.int64()),
+        ("alpha", pa.float64()),
+        ("accept", pa.float64()),
+        ("survive", pa.float64()),
     ]
 )
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.matrix import Arm
-from storage.tables import DEPTHS, ROUNDS, write_table
+from storage.tables import DEPTHS, ROUNDS, STRATA, write_table
 from storage.workspace import write_json
 
 DRAFTS: Mapping[str, tuple[str, int, Sequence[str]]] = {
@@ -103,7 +103,48 @@ def write_results(root: Path, world: World) -> list[Arm]:
         stem = root / "results" / arm.start / "arms"
         write_table(stem / f"{arm.objective}.rounds.parquet", ROUNDS, rounds)
         write_table(stem / f"{arm.objective}.depths.parquet", DEPTHS, depths)
+        strata = _strata(own, world.temperatures, alpha=ALPHA[arm.draft] + shift / 2)
+        write_table(stem / f"{arm.objective}.strata.parquet", STRATA, strata)
+        if arm.seed == 0:
+            write_json(stem / f"{arm.objective}.traces.json", _traces(arm.key, names[0]))
     return world.arms()
+
+
+def _strata(own: Mapping[str, Any], laws: Sequence[float], *, alpha: float) -> list[dict[str, Any]]:
+    """Acceptance falls with entropy and with the place; entropy is known at T = 1 alone."""
+    kinds = {"position": [(1.0, 8.0), (8.0, 32.0)], "entropy": [(0.0, 0.5), (0.5, np.inf)]}
+    return [
+        {
+            **own,
+            "temperature": t,
+            "by": kind,
+            "lo": lo,
+            "hi": hi,
+            "depth": k,
+            "anchors": 100,
+            "alpha": 100 * alpha * (0.9 if lo > 1 or hi == np.inf else 1.0) if t else None,
+            "accept": 95 * alpha,
+            "survive": 95 * alpha ** (k + 1),
+        }
+        for t in laws
+        for kind, edges in kinds.items()
+        if t or kind == "position"
+        for lo, hi in edges
+        for k in range(2)
+    ]
+
+
+def _traces(arm: str, prompt: str) -> dict[str, Any]:
+    """One prompt decoded in two passes: a refusal, then all kept."""
+    numbers = {"p": 0.25, "q": 0.5, "alpha": 0.6, "u": 0.75}
+    refused = {"token": "<b>", "kept": False, **numbers}
+    kept = {"token": "a\n", "kept": True, **numbers, "u": 0.125}
+    unseen = {"token": "z", "kept": False, **numbers}
+    first = {"start": 1, "drafts": [refused, unseen], "token": "c", "p": 0.4, "emitted": 1}
+    second = {"start": 2, "drafts": [kept, kept], "token": "d", "p": 0.0001, "emitted": 3}
+    row = {"prompt": prompt, "domain": "code", "temperature": 1.0, "gamma": 2}
+    texts = {"prompt_text": "if x <", "text": "0 c a a d", "first": ["0"]}
+    return {"arm": arm, "traces": [row | texts | {"rounds": [first, second]}]}
 
 
 def _depths(
@@ -181,6 +222,9 @@ def write_records(root: Path, world: World) -> None:
         _write_curve(root / "drafts" / arm.start / arm.objective / "curve.csv", arm)
         speeds = {"seconds": 31.0, "plain T=1 tokens_per_s": 2210.0}
         speeds |= {f"{a.objective} T=1 tokens_per_s": 3400.0 for a in world.arms()}
+        speeds |= {"plain T=1 target_step_s": 0.020}
+        speeds |= {f"{a.objective} T=1 target_step_s": 0.024 for a in world.arms()}
+        speeds |= {f"{a.objective} T=1 draft_step_s": 0.001 for a in world.arms()}
         write_json(
             root / f"timings/evaluate-{arm.start}.json",
             speeds if not arm.seed else {"seconds": 9.0},

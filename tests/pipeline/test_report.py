@@ -5,6 +5,7 @@ import io
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         target=read_json(root / "target/target.json"),
         cache=read_json(root / "cache-report/report.json"),
         timings=timings,
+        traces={
+            key: read_json(path)["traces"]
+            for key in ("lm-kl-0", "lm-tv-0")
+            for path in [root / f"results/lm-0/arms/{key.split('-')[1]}.traces.json"]
+        },
         curves={("lm", "kl"): [{"step": 1.0, "alpha": 0.5, "heldout_alpha": None}]},
         params={"report": CONFIG.model_dump()},
     )
@@ -94,7 +100,8 @@ def test_page_is_well_formed_and_its_links_lead_somewhere(outline: Outline) -> N
     assert set(outline.targets) <= set(outline.ids)
     assert outline.headings[0] == 1
     assert outline.headings.count(1) == 1
-    assert set(outline.headings[1:]) == {2}
+    assert set(outline.headings[1:]) == {2, 3}
+    assert all(b - a <= 1 for a, b in pairwise(outline.headings))
 
 
 def test_page_asks_no_network_and_runs_no_script(report: Report, outline: Outline) -> None:
@@ -211,6 +218,55 @@ def test_records_that_are_missing_leave_their_section_empty(built: Built) -> Non
     page = build(results, found, CONFIG, records=Records({}, {})).files["index.html"]
     assert "No times were recorded" in page
     assert "says nothing of rate or coverage" in page
+
+
+def test_a_traced_decoding_shows_every_pass_and_why(report: Report) -> None:
+    page = report.files["index.html"]
+    tokens = page[page.index('id="tokens"') : page.index('id="cache"')]
+    assert tokens.count('<details class="decoding">') == 2
+    assert (
+        "lm-kl-0 at T\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}1: 4 tokens in 2 passes, 2.00 each"
+        in tokens
+    )
+    assert "refused: p 0.250, q 0.500, u 0.750 ≥ p/q 0.500; α 0.600" in tokens
+    assert "kept: p 0.250, q 0.500, u 0.125 &lt; p/q 0.500; α 0.600" in tokens
+    assert "after a refusal; p 0.250, q 0.500" in tokens
+    assert "target’s own, bonus; p &lt; 0.001" in tokens
+    assert '<span class="chip refused" tabindex="0"' in tokens
+    # text of a target is data: markup in it is shown, line ends are seen
+    assert "&lt;b&gt;" in tokens
+    assert "<b>" not in tokens
+    assert "a⏎" in tokens
+
+
+def test_the_best_gamma_weighs_draft_and_target_steps(report: Report) -> None:
+    """τ·c / (γ·c_draft + c_verify), c_verify linear in the tokens fed, by hand for lm · kl."""
+    rows = list(csv.DictReader(io.StringIO(report.files["tau.csv"])))
+    taus = {
+        int(r["gamma"]): float(r["tau"])
+        for r in rows
+        if (r["draft"], r["objective"], r["temperature"], r["domain"]) == ("lm", "kl", "1", "all")
+    }
+    gains = {g: tau * 20 / (g * 1 + 20 + 4 * g / 4) for g, tau in taus.items()}
+    found = next(
+        r
+        for r in csv.DictReader(io.StringIO(report.files["speedup.csv"]))
+        if (r["draft"], r["objective"]) == ("lm", "kl")
+    )
+    best = max(gains, key=lambda g: gains[g])
+    assert int(found["best_gamma"]) == best
+    assert float(found["speedup"]) == pytest.approx(gains[best], rel=1e-4)
+    assert float(found["speedup_decoded"]) == pytest.approx(gains[4], rel=1e-4)
+
+
+def test_acceptance_is_shown_by_entropy_and_place(report: Report) -> None:
+    rows = list(csv.DictReader(io.StringIO(report.files["entropy.csv"])))
+    assert {r["where"] for r in rows} == {"0 to 0.5", "0.5 and more"}
+    assert {r["temperature"] for r in rows} == {"1"}
+    places = list(csv.DictReader(io.StringIO(report.files["position.csv"])))
+    assert {r["where"] for r in places} == {"1 to 7", "8 to 31"}
+    seeds = next(r for r in rows if (r["draft"], r["objective"], r["depth"]) == ("lm", "kl", "0"))
+    assert int(seeds["anchors"]) == 300  # three seeds pooled
 
 
 def test_metrics_are_nested_by_draft_objective_and_temperature(report: Report) -> None:

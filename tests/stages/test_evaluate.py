@@ -28,7 +28,7 @@ from stages import evaluate
 from storage.errors import ConfigError, DraftError, FingerprintMismatch, ResultError
 from storage.reader import Cache
 from storage.record import Record
-from storage.tables import DEPTHS, ROUNDS, read_table
+from storage.tables import DEPTHS, ROUNDS, STRATA, read_table
 from storage.writer import seal, write_part
 
 V, NEW, NUM_PROMPTS = 64, 24, 60
@@ -130,6 +130,7 @@ def write_params(folder: Path, **evaluate: Any) -> None:
         "decode_prompts": 45,
         "decode_new_tokens": 20,
         "decode_batch": 30,
+        "trace_prompts": 3,
         "temperatures": [0, 1],
     } | evaluate
     params["cluster"]["workers"] = 1
@@ -260,6 +261,46 @@ def test_tables_and_metrics_say_the_same(scored: Path, kind: str) -> None:
     assert abs(sums["accept"] - sums["alpha"]) / anchors < 0.03
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_strata_part_the_anchors_of_every_depth(scored: Path, kind: str) -> None:
+    """By place and, at T = 1, by entropy: the sums of all strata are those of all prompts."""
+    arms = Path(f"results/{kind}-0/arms")
+    depths = read_table(arms / "kl.depths.parquet", DEPTHS)
+    strata = read_table(arms / "kl.strata.parquet", STRATA)
+    assert {(r["temperature"], r["by"]) for r in strata} == {
+        *((0.0, "position"), (1.0, "position"), (1.0, "entropy"))
+    }
+    for t, name in ((0.0, "position"), (1.0, "position"), (1.0, "entropy")):
+        for k in {row["depth"] for row in depths}:
+            whole = [r for r in depths if (r["temperature"], r["depth"]) == (t, k)]
+            mine = [r for r in strata if (r["temperature"], r["by"], r["depth"]) == (t, name, k)]
+            for column in ("anchors", "accept", "survive", *(["alpha"] if t else [])):
+                total = sum(row[column] for row in whole)
+                assert sum(row[column] for row in mine) == pytest.approx(total, abs=1e-6)
+
+
+def test_a_trace_tells_the_decoded_text_and_why(scored: Path) -> None:
+    traces = json.loads(Path("results/eagle3-0/arms/kl.traces.json").read_text())["traces"]
+    assert len(traces) == 6  # three prompts at two temperatures
+    assert {row["domain"] for row in traces} == {"code", "prose", "maths"}
+    for row in traces:
+        told = list(row["first"])
+        for r in row["rounds"]:
+            assert r["start"] == len(told)
+            kept = [d["token"] for d in r["drafts"] if d["kept"]]
+            told += [*kept, r["token"]][: r["emitted"]]
+            for k, d in enumerate(r["drafts"]):
+                if d["q"] is None:
+                    assert row["temperature"] == 0
+                elif k <= len(kept):  # decided by u < p/q, up to the stored digits
+                    assert (
+                        d["kept"] == (d["u"] * d["q"] < d["p"])
+                        or abs(d["u"] * d["q"] - d["p"]) < 2e-4
+                    )
+                    assert d["alpha"] <= 1
+        assert " ".join(told).split() == row["text"].split()
+
+
 def test_block_verification_is_replayed_beside(scored: Path) -> None:
     token, block = (rounds_of("eagle3", n, 1.0) for n in ("replay", "replay_block"))
     assert token.keys() == block.keys()
@@ -280,7 +321,7 @@ def test_times_are_kept_out_of_results(scored: Path) -> None:
 def test_the_same_work_gives_the_same_bytes(scored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [p for p in Path("results/medusa-0").rglob("*") if p.is_file()]
     before = {p: p.read_bytes() for p in names}
-    assert len(before) == 3
+    assert len(before) == 5
     run_stage("medusa", monkeypatch)
     assert {p: p.read_bytes() for p in names} == before
 
