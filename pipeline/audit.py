@@ -24,7 +24,7 @@ from pipeline.cluster import Cluster
 from pipeline.config import Strict
 from pipeline.seeds import rng
 from pipeline.target import Target, resident_target
-from storage.codecs import decode_p, from_bf16_bits, p_error
+from storage.codecs import BFLOAT_STEP, HALF_STEP, decode_p, from_bf16_bits, p_error
 from storage.errors import CacheError
 from storage.reader import Cache
 from storage.record import Record, supervised
@@ -34,10 +34,6 @@ from storage.tables import SEQUENCES, read_table
 CHUNK_ELEMENTS = 1 << 22
 # A unit of a few hundred sequences outweighs the start of a worker process and its target.
 UNIT_SEQUENCES = 256
-# float16 keeps 11 bits, so a tail sample's log p errs by up to this share of itself
-HALF_STEP = 2.0**-11
-# bfloat16 keeps 8: the same of a log-probability of mode `full`
-BFLOAT_STEP = 2.0**-8
 
 
 class VerifyConfig(Strict):
