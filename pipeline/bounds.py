@@ -1,4 +1,4 @@
-"""Certified ends of α and KL from a truncated law: kept entries and the exact tail mass, nothing sampled.
+"""Certified ends of α and KL from a truncated law: kept entries, exact tail mass, nothing sampled.
 
 MATHS (20)-(22) and (31)-(37), DESIGN §5. The stored p of a kept id is the middle of a cell; every
 end takes the end of the cell that moves it outwards. Tail samples prove nothing and are not read;
@@ -33,7 +33,7 @@ NEWTON_STEPS = 4
 
 @dataclass(frozen=True)
 class Ends:
-    """N laws as far as they are known: the ends of some entries, and what is left for the others."""
+    """N laws as far as they are known: the ends of some entries, and what is left for others."""
 
     row: Tensor
     """[E] int64"""
@@ -150,22 +150,22 @@ def kl_bounds(logits_NV: Tensor, law: Law, *, d2t: Tensor | None = None) -> tupl
     return lo.clamp(min=0), torch.minimum(hi, ceiling.clamp(min=0))
 
 
-def estimate_slack(logits_NV: Tensor, law: Law) -> tuple[Tensor, Tensor]:
+def estimate_slack(
+    logits_NV: Tensor, law: Law, *, alpha_width_N: Tensor, kl_width_N: Tensor
+) -> tuple[Tensor, Tensor]:
     """(alpha, kl), [N] float64: how far E[α̂] and E[KL̂] may lie from α and KL; MATHS (38).
 
-    That is the rounding of kept values and of the samples' log p, and, in a row without samples, the
-    whole interval: its tail is merged. On the full vocabulary, for a draft that does not depend on
-    the samples.
+    That is the rounding of kept values and of the samples' log p, and, in a row without samples,
+    the whole width of its interval: its tail is merged. On the full vocabulary, for a draft that
+    does not depend on the samples.
     """
-    alpha_lo, alpha_hi = bounds(logits_NV, law)
-    kl_lo, kl_hi = kl_bounds(logits_NV, law)
     if isinstance(law, DenseLaw):
-        return alpha_hi - alpha_lo, kl_hi - kl_lo
+        return alpha_width_N, kl_width_N
     z, e = logits_NV.detach(), ends(law)
-    logq = _at(z, e).double() - torch.logsumexp(z.float(), -1).double()[e.row]
-    q, none = logq.exp(), torch.zeros_like(e.row, dtype=torch.float64)
+    logq = _at(z, e).double() - z.to(_wide(z)).logsumexp(-1).double()[e.row]
+    q = logq.exp()
     alpha = e.sum(torch.minimum(e.hi, q) - torch.minimum(e.lo, q)) + ROUNDING
-    s_lo, s_hi = _ranges(e.lo, e.hi, logq, none)
+    s_lo, s_hi = _ranges(e.lo, e.hi, logq, torch.zeros_like(logq))
     kl = e.sum(s_hi - s_lo) + ROUNDING * (1 + e.sum(e.hi * logq.abs()))
     assert law.kept is not None, "ends() asked for it"
     row = law.rows()
@@ -177,9 +177,30 @@ def estimate_slack(logits_NV: Tensor, law: Law) -> tuple[Tensor, Tensor]:
     sampled = torch.zeros_like(alpha).index_add(0, row, each)
     merged = law.bucket > 0
     return (
-        torch.where(merged, alpha_hi - alpha_lo, alpha + sampled),
-        torch.where(merged, kl_hi - kl_lo, kl + sampled),
+        torch.where(merged, alpha_width_N, alpha + sampled),
+        torch.where(merged, kl_width_N, kl + sampled),
     )
+
+
+def distance(logp_NV: Tensor, law: Law) -> Tensor:
+    """[N] float64: by how much mass a full law [N, V] is none that the stored rows may stand for.
+
+    0 for the law that was captured. Another run of the target differs from it by its arithmetic;
+    α by no more than this, then.
+    """
+    if isinstance(law, DenseLaw):
+        off = torch.empty(law.num_rows, dtype=torch.float64, device=logp_NV.device)
+        for rows, p_lo, p_hi, _ in _dense_blocks(logp_NV, law, None):
+            p = logp_NV[rows].double().exp()
+            off[rows] = ((p_lo - p).clamp(min=0) + (p - p_hi).clamp(min=0)).sum(-1)
+        return off
+    e, p_NV = ends(law), logp_NV.double().exp()
+    p = _at(p_NV, e)
+    off = e.sum((e.lo - p).clamp(min=0) + (p - e.hi).clamp(min=0))
+    tail_NV = p_NV.view(-1).index_fill(0, e.row * p_NV.shape[1] + e.ids, 0.0).view(p_NV.shape)
+    tail = tail_NV.sum(-1)
+    off += (e.rest_lo - tail).clamp(min=0) + (tail - e.rest_hi).clamp(min=0)
+    return off + (tail_NV - e.cap[:, None]).clamp(min=0).sum(-1)
 
 
 def _at(logits_NV: Tensor, e: Ends) -> Tensor:
@@ -211,7 +232,7 @@ def _passes(logits_NV: Tensor, cap_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _phi(p: Tensor, logq: Tensor, lam: Tensor) -> Tensor:
-    """p (log p − log q − λ), convex in p."""
+    """`p (log p − log q − λ)`, convex in p."""
     return torch.xlogy(p, p) - p * (logq + lam)
 
 
@@ -379,7 +400,7 @@ def _dense_blocks(
         logp = logp.double().clamp(min=-1e30)
         # float32 arithmetic made it: two units of its last place, and the sum's
         off = ROUNDING + 2.0**-23 * logp.abs()
-        if law.logp_step:
+        if law.log_mass is not None:
             stored = logp + law.log_mass[rows, None].double()
             off = off + law.logp_step / (1 - law.logp_step) * stored.abs()
             logp = stored

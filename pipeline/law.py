@@ -87,7 +87,7 @@ class DenseLaw:
     logp: Tensor
     """[R, V] float32 log-probabilities."""
     log_mass: Tensor | None = None
-    """[R] float32: logp + log_mass are the numbers that were stored; only `pipeline.bounds` asks."""
+    """[R] float32: logp + log_mass is what was stored; only `pipeline.bounds` asks."""
     logp_step: float = 0.0
     """Largest error of a stored number as a share of itself; 0: not rounded."""
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.bounds import bounds, estimate_slack, kl_bounds
+from pipeline.bounds import bounds, distance, estimate_slack, kl_bounds
 from pipeline.dataset import collate
 from pipeline.law import DenseLaw, SparseLaw
 from pipeline.teacher import encode_kept
@@ -431,11 +431,13 @@ def test_sampled_estimates_are_unbiased_over_a_hundred_thousand_tokens(
 ) -> None:
     z, draft, law = audit
     exact = terms(draft.double(), DenseLaw(z.double().log_softmax(-1)))
-    slacks = reversed(estimate_slack(draft, law))  # (alpha, kl), where terms has (kl, alpha)
-    for estimate, truth, slack in zip(terms(draft, law), exact, slacks, strict=True):
+    (lo, hi), (kl_lo, kl_hi) = bounds(draft, law), kl_bounds(draft, law)
+    slack = estimate_slack(draft, law, alpha_width_N=hi - lo, kl_width_N=kl_hi - kl_lo)
+    slacks = reversed(slack)  # (alpha, kl), where terms has (kl, alpha)
+    for estimate, truth, stated in zip(terms(draft, law), exact, slacks, strict=True):
         error = estimate - truth
         se = float(error.std()) / ROWS**0.5
-        assert abs(float(error.mean())) <= 3 * se + float(slack.mean())
+        assert abs(float(error.mean())) <= 3 * se + float(stated.mean())
         assert abs(float(error.mean())) <= 5 * se + 1e-4  # far within the stated slack
         assert se < 1e-3
 
@@ -447,6 +449,25 @@ def test_every_one_of_a_hundred_thousand_intervals_covers_the_truth(
     kl, alpha = terms(draft.double(), DenseLaw(z.double().log_softmax(-1)))
     for (lo, hi), truth in ((bounds(draft, law), alpha), (kl_bounds(draft, law), kl)):
         assert ((lo <= truth) & (truth <= hi)).all()
+
+
+def test_a_captured_law_is_at_no_distance_from_its_row(
+    audit: tuple[Tensor, Tensor, SparseLaw],
+) -> None:
+    z, _, law = audit
+    logp = z[:2000].double().log_softmax(-1)
+    assert float(distance(logp, law.take(torch.arange(2000))).max()) < 1e-6
+    # half a percent of the mass moved from the likeliest id to the least likely one
+    moved = logp.exp()
+    moved.scatter_add_(1, logp.argmax(-1, keepdim=True), torch.full((2000, 1), -0.005).double())
+    moved.scatter_add_(1, logp.argmin(-1, keepdim=True), torch.full((2000, 1), 0.005).double())
+    off = distance(moved.log(), law.take(torch.arange(2000)))
+    assert 0.005 < float(off.median()) < 0.02
+    # a cell of mode `full` holds what was rounded to it, and no law of another row
+    bits = torch.tensor(from_bf16_bits(bf16_bits(logp.float().numpy())))
+    full = DenseLaw(bits.log_softmax(-1), log_mass=bits.logsumexp(-1), logp_step=BFLOAT_STEP)
+    assert float(distance(logp, full).max()) < 1e-9
+    assert float(distance(logp.roll(1, 0), full).median()) > 0.1
 
 
 def test_a_biased_sampler_shows_in_the_audit(audit: tuple[Tensor, Tensor, SparseLaw]) -> None:
