@@ -1,7 +1,8 @@
 """Does a cache say what its target says? Some of its sequences, replayed.
 
 Structure is `storage.verify`'s; here a wrong offset, a wrong template or a wrong target shows. The
-replay is written apart from capture's: one sequence at a time, float64 softmax, no truncation.
+replay is written apart from capture's: one sequence at a time, float64 softmax, no truncation. Its
+full laws are where the truncation is certified: `pipeline.certificate`.
 
 Dims: T tokens, R supervised rows of a sequence, V vocabulary, E kept entries, M tail samples,
 L layers, D width.
@@ -9,7 +10,7 @@ L layers, D width.
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,24 +21,34 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
+from pipeline.certificate import (
+    Certificate,
+    certify,
+    covered,
+    joined,
+    reference_drafts,
+    unigram,
+)
 from pipeline.cluster import Cluster
 from pipeline.config import Strict
+from pipeline.dataset import collate, supervised_counts
+from pipeline.law import Law
 from pipeline.seeds import rng
 from pipeline.target import Target, resident_target
-from storage.codecs import decode_p, from_bf16_bits, p_error
+from storage.codecs import BFLOAT_STEP, HALF_STEP, decode_p, from_bf16_bits, p_error
 from storage.errors import CacheError
+from storage.layout import Layout
 from storage.reader import Cache
 from storage.record import Record, supervised
 from storage.tables import SEQUENCES, read_table
 
 # Rows of logits looked at together: 32 MB in float64.
 CHUNK_ELEMENTS = 1 << 22
+# Rows of a sequence, evenly spread, at which truncation is certified: bounds cost several passes
+# over the vocabulary, and more rows of one text add less than another text.
+CERTIFIED_ROWS = 256
 # A unit of a few hundred sequences outweighs the start of a worker process and its target.
 UNIT_SEQUENCES = 256
-# float16 keeps 11 bits, so a tail sample's log p errs by up to this share of itself
-HALF_STEP = 2.0**-11
-# bfloat16 keeps 8: the same of a log-probability of mode `full`
-BFLOAT_STEP = 2.0**-8
 
 
 class VerifyConfig(Strict):
@@ -61,6 +72,8 @@ class Job:
     fingerprint: str
     device: str
     config: VerifyConfig
+    unigrams: Mapping[str, NDArray[np.float32]]
+    """[V] logits of each split's unigram, a reference draft."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +90,26 @@ Errors = dict[str, float]
 """The largest error of each kind."""
 Positions = dict[str, NDArray[np.float64]]
 """Errors of each kind at every token of a sequence, [T]."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the replay of a sequence, or of a split's, found."""
+
+    errors: Errors
+    certificate: Certificate
+    """Of no draft where nothing of a law is stored."""
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A sequence's record beside its replay."""
+
+    errors: Positions
+    certificate: Certificate
+    certified: list[int] = field(default_factory=list)
+    """The positions of the certificate's rows."""
+
 
 WORDS = {
     "hidden": "a relative error of hidden",
@@ -124,24 +157,34 @@ def choose(
     return [samples[a : a + UNIT_SEQUENCES] for a in starts]
 
 
-def replay_all(units: Sequence[Sequence[Sample]], job: Job, cluster: Cluster) -> dict[str, Errors]:
-    """The largest error of each kind by split; `CacheError` names the first one too large."""
+def unigrams(caches: Mapping[str, Path]) -> dict[str, NDArray[np.float32]]:
+    """Logits of the unigram of each cache's own supervised tokens."""
+    return {split: unigram(supervised_counts(Cache.open(path))) for split, path in caches.items()}
+
+
+def replay_all(units: Sequence[Sequence[Sample]], job: Job, cluster: Cluster) -> dict[str, Found]:
+    """By split the largest error of each kind, and the certificate of its rows.
+
+    `CacheError` names the first error too large and the first interval that fails.
+    """
     worst: dict[str, Errors] = defaultdict(dict)
+    parts: dict[str, list[Certificate]] = defaultdict(list)
     results = cluster.map(partial(replay_unit, job), units)
-    for unit, errors in zip(units, results, strict=True):
-        for sample, found in zip(unit, errors, strict=True):
+    for unit, found in zip(units, results, strict=True):
+        for sample, one in zip(unit, found, strict=True):
             known = worst[sample.split]
-            known.update({kind: max(x, known.get(kind, 0.0)) for kind, x in found.items()})
-    return dict(worst)
+            known.update({kind: max(x, known.get(kind, 0.0)) for kind, x in one.errors.items()})
+            parts[sample.split].append(one.certificate)
+    return {split: Found(worst[split], joined(parts[split])) for split in worst}
 
 
-def replay_unit(job: Job, unit: Sequence[Sample]) -> list[Errors]:
+def replay_unit(job: Job, unit: Sequence[Sample]) -> list[Found]:
     """Replay some sequences through the target and compare each with its record."""
     target = resident_target(job.folder, device=job.device, fingerprint=job.fingerprint)
-    return [_replay_one(target, job.config, sample) for sample in unit]
+    return [_replay_one(target, job, sample) for sample in unit]
 
 
-def _replay_one(target: Target, config: VerifyConfig, sample: Sample) -> Errors:
+def _replay_one(target: Target, job: Job, sample: Sample) -> Found:
     cache, row = _opened(sample.cache), _table(sample.sequences)[sample.index]
     record = cache.records([sample.index])[0]
     where = f"{sample.split} cache, sequence {record.id!r}"
@@ -152,22 +195,27 @@ def _replay_one(target: Target, config: VerifyConfig, sample: Sample) -> Errors:
             f"{where} has another id, tokens or turns than row {sample.index} of "
             f"{sample.sequences.name}"
         )
+    bar = Bar(
+        min_prob=cache.manifest.params["min_prob"],
+        max_kept=cache.manifest.params["max_kept"],
+        slack=job.config.max_logp_error,
+    )
+    found = replay(
+        target, record, layout=cache.layout, bar=bar, unigram_V=job.unigrams[sample.split]
+    )
+    _refuse_errors(found.errors, job.config, where)
+    _refuse_intervals(found, where)
+    largest = {kind: float(error_T.max()) for kind, error_T in found.errors.items()}
+    return Found(largest, found.certificate)
+
+
+def _refuse_errors(errors: Positions, config: VerifyConfig, where: str) -> None:
     limits = {
         **dict.fromkeys(("hidden", "last_hidden"), config.max_hidden_error),
         **dict.fromkeys(("token_logp", "tail_logp_mass", "tail_logp"), config.max_logp_error),
         "tv_beyond_rounding": config.max_tv,
         "kept_set": 0.0,
     }
-    errors = replay(
-        target,
-        record,
-        hidden_layers=cache.layout.hidden_layers,
-        bar=Bar(
-            min_prob=cache.manifest.params["min_prob"],
-            max_kept=cache.manifest.params["max_kept"],
-            slack=config.max_logp_error,
-        ),
-    )
     for kind, error_T in errors.items():
         position = int(error_T.argmax())  # of NaN where there is one, which is not within any limit
         if kind in limits and not error_T[position] <= limits[kind]:
@@ -175,30 +223,77 @@ def _replay_one(target: Target, config: VerifyConfig, sample: Sample) -> Errors:
                 f"{where}, position {position} has {WORDS[kind]} of {error_T[position]:.3g}",
                 limit=f"at most {limits[kind]:.3g}, as the section verify says",
             )
-    return {kind: float(error_T.max()) for kind, error_T in errors.items()}
+
+
+def _refuse_intervals(found: Replayed, where: str) -> None:
+    for draft, columns in found.certificate.items():
+        for name, symbol in (("alpha", "α"), ("kl", "KL")):
+            missed = (~covered(columns, name)).nonzero()[0]
+            if not len(missed):
+                continue
+            n = int(missed[0])
+            lo, exact, hi = (float(columns[key][n]) for key in (f"{name}_lo", name, f"{name}_hi"))
+            raise CacheError(
+                found=f"{where}, position {found.certified[n]}: {symbol} of the reference draft "
+                f"{draft!r} is {exact:.9g}, outside its certified [{lo:.9g}, {hi:.9g}]",
+                expected="every interval to hold the exact value",
+                todo="remove the cache and run dvc repro capture; where a cache of this version "
+                "fails again, its bounds (pipeline/bounds.py) are wrong: please report it",
+            )
 
 
 @torch.no_grad()
-def replay(target: Target, record: Record, *, hidden_layers: Sequence[int], bar: Bar) -> Positions:
+def replay(
+    target: Target,
+    record: Record,
+    *,
+    layout: Layout,
+    bar: Bar,
+    unigram_V: NDArray[np.float32],
+) -> Replayed:
     """How far a record is from what the target says, by kind, at every token."""
     tokens = torch.from_numpy(record.tokens.astype(np.int64)).to(target.device)
-    features = target.forward(tokens[None], layers=hidden_layers)
+    features = target.forward(tokens[None], layers=layout.hidden_layers)
     errors: Positions = {}
     for kind, x in (("hidden", features.hidden), ("last_hidden", features.last_hidden[:, :, None])):
         stored = getattr(record, kind)
         if stored is not None and x is not None:
             errors[kind] = _relative(from_bf16_bits(stored), x[0].double().cpu().numpy())
-    last_hidden_TD = features.last_hidden[0]
-    for at_C, found in _law_errors(target, record, last_hidden_TD, bar):
+    law = _stored_law(record, layout, str(target.device))
+    row_C = _spread_rows(record) if law is not None else np.zeros(0, np.int64)
+    parts: list[Certificate] = []
+    first = 0
+    for at_C, logp_CV, found in _law_errors(target, record, features.last_hidden[0], bar):
         for kind, error_C in found.items():
             errors.setdefault(kind, np.zeros(len(record.tokens)))[at_C] = error_C
-    return errors
+        own = torch.from_numpy(row_C[(row_C >= first) & (row_C < first + len(at_C))])
+        if law is not None and len(own):
+            logp_NV = logp_CV[(own - first).to(logp_CV.device)]
+            drafts = reference_drafts(logp_NV, torch.from_numpy(unigram_V))
+            parts.append(certify(logp_NV, law.take(own.to(logp_CV.device)), drafts))
+        first += len(at_C)
+    position_R = supervised(record.turn).nonzero()[0]
+    return Replayed(errors, joined(parts), position_R[row_C].tolist())
+
+
+def _stored_law(record: Record, layout: Layout, device: str) -> Law | None:
+    """The law of the supervised rows as training reads it; None where rows hold no logits."""
+    if layout.mode not in ("topk", "full"):
+        return None
+    return collate([replace(record, hidden=None, last_hidden=None)], layout, device=device).law
+
+
+def _spread_rows(record: Record) -> NDArray[np.int64]:
+    """Supervised rows to certify: all, or as many as are asked for, evenly spread."""
+    num_rows = int(supervised(record.turn).sum())
+    chosen = np.arange(min(num_rows, CERTIFIED_ROWS), dtype=np.int64)
+    return chosen * num_rows // max(1, len(chosen))
 
 
 def _law_errors(
     target: Target, record: Record, last_hidden_TD: Tensor, bar: Bar
-) -> Iterator[tuple[NDArray[np.int64], Positions]]:
-    """Errors of the stored laws at some supervised positions after others."""
+) -> Iterator[tuple[NDArray[np.int64], Tensor, Positions]]:
+    """Some supervised positions after others: their exact laws, and the stored ones' errors."""
     position_R = supervised(record.turn).nonzero()[0]
     entry = np.concatenate([[0], record.kept.cumsum(dtype=np.int64)])
     draw = np.concatenate([[0], record.tail_kept.cumsum(dtype=np.int64)])
@@ -206,7 +301,8 @@ def _law_errors(
     for first in range(0, len(position_R), size):
         at_C = position_R[first : first + size]
         logits_CV = target.logits(last_hidden_TD[torch.from_numpy(at_C)])
-        logp_CV = torch.log_softmax(logits_CV.double(), -1).cpu().numpy()
+        exact_CV = torch.log_softmax(logits_CV.double(), -1)
+        logp_CV = exact_CV.cpu().numpy()
         next_logp_C = logp_CV[np.arange(len(at_C)), record.tokens[at_C + 1]]
         found = {"token_logp": np.abs(next_logp_C - record.token_logp[at_C])}
         if record.logits is not None:
@@ -227,7 +323,7 @@ def _law_errors(
                 for logp_V, t in zip(logp_CV, at_C, strict=True)
             ]
             found |= {kind: np.array([row[kind] for row in rows]) for kind in rows[0]}
-        yield at_C, found
+        yield at_C, exact_CV, found
 
 
 def _full_errors(

@@ -20,7 +20,7 @@ from pipeline.batch import Batch
 from pipeline.draft import Needs
 from pipeline.law import DenseLaw, Law, SparseLaw
 from pipeline.seeds import rng
-from storage.codecs import LEVELS, decode_p
+from storage.codecs import BFLOAT_STEP, LEVELS, decode_p
 from storage.errors import DraftError
 from storage.layout import Layout
 from storage.reader import Cache
@@ -170,7 +170,10 @@ def _law(records: Sequence[Record], layout: Layout, device: str) -> Law | None:
             return None  # not asked for
         bits = np.concatenate([r.logits for r in records if r.logits is not None])
         logits = torch.from_numpy(bits).view(torch.bfloat16).to(device).float()
-        return DenseLaw(logits.log_softmax(-1))
+        # stored is log p: what its rounding added to the sum of p is taken off, and remembered
+        return DenseLaw(
+            logits.log_softmax(-1), log_mass=logits.logsumexp(-1), logp_step=BFLOAT_STEP
+        )
     if any(len(r.kept) != len(r.turn) or len(r.tail_kept) != len(r.turn) for r in records):
         return None  # not asked for
     return _sparse_law(records, device)

@@ -86,6 +86,10 @@ class DenseLaw:
 
     logp: Tensor
     """[R, V] float32 log-probabilities."""
+    log_mass: Tensor | None = None
+    """[R] float32: logp + log_mass is what was stored; only `pipeline.bounds` asks."""
+    logp_step: float = 0.0
+    """Largest error of a stored number as a share of itself; 0: not rounded."""
 
     @property
     def num_rows(self) -> int:
@@ -94,7 +98,11 @@ class DenseLaw:
 
     def take(self, rows_N: Tensor) -> "DenseLaw":
         """The laws of the given rows, in that order."""
-        return DenseLaw(self.logp[rows_N])
+        return DenseLaw(
+            logp=self.logp[rows_N],
+            log_mass=None if self.log_mass is None else self.log_mass[rows_N],
+            logp_step=self.logp_step,
+        )
 
 
 Law = SparseLaw | DenseLaw

@@ -201,12 +201,12 @@ def rate_tables(report: Json) -> list[Table]:
 
 
 def coverage_tables(report: Json) -> list[Table]:
-    """Every other number of the cache report, in its order."""
+    """What the truncation is proved to cost, then every other number of the cache report."""
     splits: Mapping[str, Json] = report.get("splits", {})
     names: dict[str, str] = {}
     for split in splits.values():
         for group, value in split.items():
-            if group == "bytes_per_token":
+            if group in ("bytes_per_token", "certified"):
                 continue
             if isinstance(value, Mapping):
                 names |= {f"{group}.{key}": f"{_words(group)}: {_words(key)}" for key in value}
@@ -218,6 +218,43 @@ def coverage_tables(report: Json) -> list[Table]:
     ]
     columns = [Column("what", "what"), *(Column(s, s, digits=SIGNIFICANT) for s in splits)]
     caption = "Coverage of the target's law by what is kept, by split; means over supervised rows"
+    return [*_certified(splits), *([Table(caption, columns, rows)] if rows else [])]
+
+
+CERTIFIED = {
+    "exact": "exact",
+    "width": "width of bounds, mean",
+    "width_p99": "p99",
+    "error": "error of estimate, mean",
+    "error_se": "its standard error",
+    "error_slack": "rounding allows",
+    "covered": "intervals that hold",
+}
+
+
+def _certified(splits: Mapping[str, Json]) -> list[Table]:
+    """Of the replayed tokens: bounds and estimates of two reference drafts against full laws."""
+    rows: list[dict[str, Cell]] = []
+    for split, record in splits.items():
+        for draft, found in record.get("certified", {}).items():
+            for name, symbol in (("alpha", "α"), ("kl", "KL, nats")):
+                cells: dict[str, Cell] = {
+                    key: _at(found, f"{name}_{key}") for key in CERTIFIED if key != "covered"
+                }
+                cells["covered"] = f"{100 * float(found[f'{name}_covered']):.6g} %"
+                own: dict[str, Cell] = {"split": split, "draft": draft, "of": symbol}
+                rows.append({**own, "rows": _at(found, "rows"), **cells})
+    columns = [
+        Column("split", "split", merge=True),
+        Column("draft", "reference draft"),
+        Column("of", "of"),
+        Column("rows", "tokens"),
+        *(Column(key, title, digits=SIGNIFICANT) for key, title in CERTIFIED.items()),
+    ]
+    caption = (
+        "Certified truncation on the replayed tokens: what the cache proves and estimates of two "
+        "stated drafts, against the target's full laws"
+    )
     return [Table(caption, columns, rows)] if rows else []
 
 

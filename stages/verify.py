@@ -1,8 +1,9 @@
-"""The cache -> a report on it: intact, what the target says, and how much it covers."""
+"""The cache -> a report on it: intact, what the target says, how much it covers, and how surely."""
 
 from pathlib import Path
 
-from pipeline.audit import Job, VerifyConfig, choose, replay_all
+from pipeline.audit import Job, VerifyConfig, choose, replay_all, unigrams
+from pipeline.certificate import summary
 from pipeline.cluster import ClusterConfig, device, open_cluster
 from pipeline.config import load
 from pipeline.coverage import coverage
@@ -21,7 +22,7 @@ OUT = Path("cache-report")
 
 
 def main() -> None:
-    """Check the structure, replay a sample, count the coverage."""
+    """Check the structure, replay a sample, certify its truncation, count the coverage."""
     config: VerifyConfig = load("verify", VerifyConfig)
     cluster: ClusterConfig = load("cluster", ClusterConfig)
     spec = read_spec(TARGET)
@@ -30,14 +31,24 @@ def main() -> None:
     fingerprint = digest({"params": config.model_dump(), "caches": sources})
     with Workspace("verify", fingerprint, outs=[OUT]) as workspace:
         units = choose(CACHES, SEQUENCES, config)
-        job = Job(TARGET.absolute(), spec.fingerprint, device(cluster), config)
+        job = Job(
+            folder=TARGET.absolute(),
+            fingerprint=spec.fingerprint,
+            device=device(cluster),
+            config=config,
+            unigrams=unigrams(CACHES),
+        )
         # a process for a unit, at the most: they cost seconds to start
         workers = min(cluster.workers, len(units))
         cluster = cluster.model_copy(update={"workers": workers})
         with open_cluster(cluster, threads=config.threads) as opened:
-            errors = replay_all(units, job, opened)
+            found = replay_all(units, job, opened)
         splits = {
-            split: {**coverage(cache), "replay_max_error": errors[split]}
+            split: {
+                **coverage(cache),
+                "replay_max_error": found[split].errors,
+                "certified": summary(found[split].certificate),
+            }
             for split, cache in caches.items()
         }
         report = {

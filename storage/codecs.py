@@ -12,6 +12,10 @@ from numpy.typing import NDArray
 
 LEVELS = 1023
 """Largest code; p = 1."""
+BFLOAT_STEP = 2.0**-8
+"""bfloat16 keeps 8 bits: the largest error of a number as a share of itself."""
+HALF_STEP = 2.0**-11
+"""float16 keeps 11 bits: the same of a tail sample's log p."""
 
 
 def encode_p(p: NDArray[np.floating]) -> NDArray[np.uint16]:

@@ -23,6 +23,15 @@ DRAFTS: Mapping[str, tuple[str, int, Sequence[str]]] = {
 }
 ALPHA = {"lm": 0.655, "lm_wide": 0.745, "medusa": 0.40, "eagle3": 0.71}
 GAIN = {"kl": 0.0, "tv": 0.043, "lk_alpha": 0.036, "lk_lambda": 0.038, "lk_lambda_eta10": 0.025}
+CERTIFIED = {
+    "exact": 0.8123,
+    "width": 0.0211,
+    "width_p99": 0.0834,
+    "error": -1.2e-4,
+    "error_se": 2.3e-4,
+    "error_slack": 0.0061,
+    "covered": 1.0,
+}
 DOMAINS = ("code", "maths", "prose")
 
 
@@ -203,6 +212,13 @@ def write_records(root: Path, world: World) -> None:
         "mean_tail_mass_by_domain": {"code": 0.02, "maths": 0.01, "prose": 0.06},
         "bytes_per_token": {"hidden": 560.1, "topk_ids": 61.25, "topk_p": 20.5, "tail_ids": 33.0},
         "replay_max_error": {"token_logp": 2.1e-6, "tv": 3.2e-4},
+        "certified": {
+            "target at T=1.5": {
+                "rows": 1520,
+                **{f"alpha_{key}": value for key, value in CERTIFIED.items()},
+                **{f"kl_{key}": value for key, value in CERTIFIED.items()},
+            }
+        },
     }
     splits = ("train", "heldout", "greedy")
     write_json(

@@ -9,9 +9,21 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pipeline import audit
-from pipeline.audit import Bar, Job, Sample, VerifyConfig, choose, replay, replay_all, replay_unit
+from pipeline import audit, certificate
+from pipeline.audit import (
+    Bar,
+    Found,
+    Job,
+    Sample,
+    VerifyConfig,
+    choose,
+    replay,
+    replay_all,
+    replay_unit,
+    unigrams,
+)
 from pipeline.capture import layout_of
+from pipeline.certificate import TARGET, UNIGRAM, covered, joined, summary
 from pipeline.cluster import Cluster
 from pipeline.coverage import coverage
 from pipeline.target import Target
@@ -65,7 +77,8 @@ def audited(target: Target, folder: Path, records: list[Record], layout: Layout,
     cache, sequences = write(folder, records, layout)
     mp.setattr(audit, "resident_target", lambda *_, **__: target)
     samples = [Sample(cache, sequences, "train", index) for index in range(len(records))]
-    return replay_unit(Job(folder, "tiny", "cpu", CONFIG), samples)
+    job = Job(folder, "tiny", "cpu", CONFIG, unigrams({"train": cache}))
+    return replay_unit(job, samples)
 
 
 @pytest.mark.parametrize("mode", ["topk", "full"])
@@ -73,8 +86,9 @@ def test_a_sound_cache_passes(
     target: Target, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records, layout = records_of(target, mode=mode)
-    errors = audited(target, tmp_path, records, layout, monkeypatch)
-    assert all(found["token_logp"] < 1e-4 for found in errors if "token_logp" in found)
+    found = audited(target, tmp_path, records, layout, monkeypatch)
+    errors = [one.errors for one in found]
+    assert all(error["token_logp"] < 1e-4 for error in errors if "token_logp" in error)
     assert {"hidden", "last_hidden", "token_logp", "tv"} <= set(errors[0])
     assert ("kept_set" in errors[0]) == (mode == "topk")
 
@@ -86,7 +100,8 @@ def change(record: Record, name: str, place: int, value: Any) -> Record:
 
 
 def worst(target: Target, record: Record) -> dict[str, tuple[float, int]]:
-    errors = replay(target, record, hidden_layers=(0, 2), bar=BAR)
+    layout, flat = layout_of(target.spec, config_of()), np.zeros(64, np.float32)
+    errors = replay(target, record, layout=layout, bar=BAR, unigram_V=flat).errors
     return {kind: (float(e.max()), int(e.argmax())) for kind, e in errors.items()}
 
 
@@ -166,12 +181,19 @@ def test_samples_are_drawn_once_each_and_by_seed(target: Target, tmp_path: Path)
 
 
 def test_the_largest_error_of_each_split_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [{"tv": 0.1, "hidden": 0.2}, {"hidden": 0.1}, {"tv": 0.3}]
+    width = {"t": {"alpha_width": np.array([0.1])}}
+    found = [
+        Found({"tv": 0.1, "hidden": 0.2}, width),
+        Found({"hidden": 0.1}, width),
+        Found({"tv": 0.3}, {}),
+    ]
     samples = [Sample(Path(), Path(), split, 0) for split in ("a", "a", "b")]
     monkeypatch.setattr(audit, "replay_unit", lambda _, __: found)
     cluster = Cluster(None, threads=1)
-    errors = replay_all([samples], Job(Path(), "", "cpu", CONFIG), cluster)
-    assert errors == {"a": {"tv": 0.1, "hidden": 0.2}, "b": {"tv": 0.3}}
+    whole = replay_all([samples], Job(Path(), "", "cpu", CONFIG, {}), cluster)
+    assert whole["a"].errors == {"tv": 0.1, "hidden": 0.2}
+    assert whole["b"] == Found({"tv": 0.3}, {})
+    assert whole["a"].certificate["t"]["alpha_width"].tolist() == [0.1, 0.1]
 
 
 def test_coverage_counts_what_the_records_hold(target: Target, tmp_path: Path) -> None:
@@ -201,3 +223,81 @@ def test_a_full_cache_covers_everything(target: Target, tmp_path: Path) -> None:
 def test_limits_must_be_positive(key: str) -> None:
     with pytest.raises(ValidationError, match=key):
         VerifyConfig(**{**CONFIG.model_dump(), key: 0})
+
+
+@pytest.mark.parametrize("mode", ["topk", "full"])
+def test_truncation_is_certified_at_every_supervised_token(
+    target: Target, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records, layout = records_of(target, mode=mode)
+    found = joined([f.certificate for f in audited(target, tmp_path, records, layout, monkeypatch)])
+    num_rows = sum(int(supervised(record.turn).sum()) for record in records)
+    assert set(found) == {TARGET, UNIGRAM}
+    for draft, columns in found.items():
+        for name in ("alpha", "kl"):
+            assert covered(columns, name).all()
+            assert len(columns[name]) == num_rows
+            assert (columns[f"{name}_width"] > 0).all()
+        numbers = summary(found)[draft]
+        assert numbers["rows"] == num_rows
+        assert numbers["alpha_covered"] == numbers["kl_covered"] == 1
+        assert numbers["alpha_width"] <= numbers["alpha_width_p99"] <= 1
+        assert abs(numbers["alpha_error"]) <= 4 * numbers["alpha_error_se"] + 0.01
+        assert numbers["kl_error_slack"] > 0
+    assert (found[TARGET]["alpha"] > found[UNIGRAM]["alpha"]).all()  # one close, one far
+
+
+def test_the_unigram_counts_the_caches_own_supervised_tokens(
+    target: Target, tmp_path: Path
+) -> None:
+    records, layout = records_of(target)
+    logits = unigrams({"train": write(tmp_path, records, layout)[0]})["train"]
+    counts = np.zeros(64)
+    for record in records:
+        for t in supervised(record.turn).nonzero()[0]:
+            counts[record.tokens[t + 1]] += 1
+    np.testing.assert_allclose(np.exp(logits), counts + 1, rtol=1e-6)
+
+
+def test_long_sequences_are_certified_at_evenly_spread_rows(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit, "CERTIFIED_ROWS", 3)
+    monkeypatch.setattr(audit, "CHUNK_ELEMENTS", 2 * 64)  # two rows at once: across chunks
+    record = records_of(target)[0][5]
+    layout, flat = layout_of(target.spec, config_of()), np.zeros(64, np.float32)
+    found = replay(target, record, layout=layout, bar=BAR, unigram_V=flat)
+    rows = supervised(record.turn).nonzero()[0]
+    assert found.certified == [rows[0], rows[len(rows) // 3], rows[2 * len(rows) // 3]]
+    assert len(found.certificate[TARGET]["alpha"]) == 3
+    monkeypatch.setattr(audit, "CERTIFIED_ROWS", len(rows))
+    whole = replay(target, record, layout=layout, bar=BAR, unigram_V=flat)
+    np.testing.assert_allclose(
+        whole.certificate[TARGET]["alpha"][[0, len(rows) // 3]],
+        found.certificate[TARGET]["alpha"][:2],
+    )
+
+
+@pytest.mark.parametrize(("name", "symbol"), [("bounds", "α"), ("kl_bounds", "KL")])
+def test_an_interval_that_fails_is_an_error(
+    target: Target,
+    tmp_path: Path,
+    name: str,
+    symbol: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sound = getattr(certificate, name)
+
+    def narrow(*args: Any, **kwargs: Any) -> Any:
+        lo, hi = sound(*args, **kwargs)
+        return lo, lo + 1e-6 * (hi - lo)
+
+    monkeypatch.setattr(certificate, name, narrow)
+    records, layout = records_of(target)
+    with pytest.raises(
+        CacheError,
+        match=rf"train cache, sequence 's\d', position \d+: {symbol} of the reference draft "
+        r"'target at T=1.5' is \S+, outside its certified \[\S+, \S+\]; expected every interval "
+        r"to hold the exact value; remove the cache",
+    ):
+        audited(target, tmp_path, records, layout, monkeypatch)

@@ -42,7 +42,13 @@ def test_the_report_counts_and_compares_every_split(project: Path) -> None:
         assert errors["tv_beyond_rounding"] <= errors["tv"] < 2e-2
         assert 0 < split["mean_kept_mass"] <= 1
         assert set(split["mean_kept_by_domain"]) == {"code", "prose"}
-        # what the report page prints: numbers, and groups of numbers
+        certified = split.pop("certified")
+        assert set(certified) == {"target at T=1.5", "unigram"}
+        for numbers in certified.values():
+            assert numbers["alpha_covered"] == numbers["kl_covered"] == 1
+            assert 0 < numbers["alpha_width"] < numbers["alpha_width_p99"] < 1
+            assert numbers["rows"] > 0
+        # what the report page prints beside: numbers, and groups of numbers
         for value in split.values():
             numbers = value.values() if isinstance(value, dict) else [value]
             assert all(isinstance(number, int | float) for number in numbers)
