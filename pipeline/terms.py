@@ -192,7 +192,7 @@ def entry_terms(
     # a bucket needs a symbol of the draft's outside the entries
     bucket = e.bucket if log_rest is None else torch.where(log_rest.isinf(), 0.0, e.bucket)
     logp = e.p.clamp(min=1e-300).log_()  # p = 0 adds nothing: its weight is 0
-    kl = e.sum((logp - logq).mul_(wp))
+    kl = e.sum(torch.where(wp > 0, wp * (logp - logq), 0.0))
     alpha = e.sum(e.weight * torch.minimum(e.p, q))
     overlap = e.sum(e.weight * _shared(logp, logq)) if jsd else None
     if log_rest is not None:
@@ -306,6 +306,17 @@ def _own(logits_NV: Tensor, *, in_place: bool) -> Tensor:
     return logits_NV.detach()
 
 
+def fold(peak_N: Tensor, scale_N: Tensor) -> tuple[Tensor, Tensor]:
+    """(peak, scale) of the same scale · exp(z − peak), in peak's dtype, whose range it may leave.
+
+    The scale is as large as q_rest is small, and the exponential then as small at all ids but the
+    entries, which are written afresh: the two are joined in the exponent.
+    """
+    size = scale_N.abs()
+    shift = torch.where(size > 1e30, size.log(), 0.0)
+    return (peak_N - shift).to(peak_N.dtype), (scale_N * (-shift).exp()).to(peak_N.dtype)
+
+
 def _spread(
     logits_NV: Tensor,
     peak_N: Tensor,
@@ -318,7 +329,8 @@ def _spread(
 ) -> None:
     """Fill with scale · exp(z − peak); at the entries `base` in its place; `value` added there."""
     wide = peak_N.dtype
-    scale_N, value_E = scale_N.to(wide), value_E.to(wide)
+    peak_N, scale_N = fold(peak_N, scale_N)
+    value_E = value_E.to(wide)
     base_E = None if base_E is None else base_E.to(wide)
     width = logits_NV.shape[1]
     starts = torch.tensor([rows.start for rows in _blocks(logits_NV)], device=e.row.device)
@@ -370,7 +382,7 @@ class _Dense(torch.autograd.Function):
                 more["jsd"][rows] = LOG2 - _shared(logp, logq).sum(-1).double() / 2
             if "reverse_kl" in more:
                 more["reverse_kl"][rows] = (logq.exp() * (logq - logp)).sum(-1).double()
-            kl[rows] = p.mul_(logp - logq).sum(-1).double()
+            kl[rows] = torch.where(p > 0, p * (logp - logq), 0.0).sum(-1).double()
             overlap = torch.minimum(logp, logq)
             top = overlap.amax(-1, keepdim=True)
             alpha[rows] = top.squeeze(-1).double().exp() * (overlap - top).exp_().sum(-1).double()

@@ -37,6 +37,7 @@ CONFIG: dict[str, Any] = {
     "betas": [0.9, 0.95],
     "weight_decay": 0.01,
     "clip": 1.0,
+    "depth_weights": "decay",
     "depth_decay": 0.8,
     "heldout_sequences": 8,
     "log_every": 10,

@@ -111,7 +111,7 @@ def test_a_loss_that_does_not_exist_is_refused(
 ) -> None:
     arm = {**PARAMS["arms"]["lm-tv-0"], "loss": "nll"}
     project(warmed / "other", monkeypatch, params=edit(PARAMS, arms={"lm-tv-0": arm}))
-    with pytest.raises(ConfigError, match=r"loss 'nll'; expected one of kl, "):
+    with pytest.raises(ConfigError, match=r"loss 'nll'; expected one of e2e_tv, jsd, kl, "):
         stage(train, "lm-tv-0", monkeypatch)
 
 
