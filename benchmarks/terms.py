@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROUNDS, REPEATS = 3, 3
+REPEATS = 2
 ETA, ENTRIES = 3.0, (8, 72)
 CPU = {"tokens": 1024, "vocab": 128_256, "dtype": "float32"}
 GPU = {"tokens": 8192, "vocab": 128_256, "dtype": "bfloat16"}
@@ -226,14 +226,17 @@ def measure(name: str, shape: dict[str, Any], device: str) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def table(shape: dict[str, Any], device: str, names: list[str]) -> list[str]:
+def table(shape: dict[str, Any], device: str, names: list[str], rounds: int) -> list[str]:
     """Measure the cases in turn; the rows of the table, the first row's ratios beside."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name in names:
             found[name].append(measure(name, shape, device))
             print(name, found[name][-1], file=sys.stderr)
-    rows = ["| case | ms | × ours | peak MiB | above inputs MiB | value |", "|---|--:|--:|--:|--:|--:|"]
+    rows = [
+        "| case | ms | × ours | peak MiB | above inputs MiB | value |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
     first = min(x["seconds"] for x in found[names[0]])
     for name, runs in found.items():
         seconds = min(x["seconds"] for x in runs)
@@ -264,7 +267,7 @@ def version(package: str) -> str:
         return "absent"
 
 
-def report(shape: dict[str, Any], device: str) -> str:
+def report(shape: dict[str, Any], device: str, rounds: int) -> str:
     """All cases that this machine can run, as a page."""
     installed = {name: version(package) for name, package in PEERS.items()}
     lacks = [name for name, found in installed.items() if found == "absent"]
@@ -273,23 +276,28 @@ def report(shape: dict[str, Any], device: str) -> str:
     loss = [n for n in own if not n.startswith("LM head")]
     packages = [f"torch {version('torch')}", f"triton {version('triton')}"]
     packages += [f"{PEERS[name]} {found}" for name, found in installed.items()]
+    kind = f"{shape['dtype']}, {ENTRIES[0]}-{ENTRIES[1]} entries a row"
+    load = f"{os.getloadavg()[0]:.0f} on {os.cpu_count()} cores at the start"
     lines = [
-        f"LK hybrid loss, forward + backward: T = {shape['tokens']:,}, V = {shape['vocab']:,}, "
-        f"{shape['dtype']}, {ENTRIES[0]}-{ENTRIES[1]} entries a row.",
+        f"LK hybrid loss, forward + backward: T = {shape['tokens']:,}, V = {shape['vocab']:,},",
+        f"{kind}.",
         f"{machine(device)}; {', '.join(packages)}.",
-        f"Least of {ROUNDS} fresh processes of {REPEATS} runs, cases in turn (`benchmarks/terms.py`).",
+        f"Least of {rounds} x {REPEATS} runs, fresh processes, cases in turn; load {load}.",
         "",
-        *table(shape, device, loss),
+        *table(shape, device, loss, rounds),
         *(f"| {n} | absent | | | | |" for n in names if n not in own),
         "",
         f"From a hidden state of width {HEAD[device]}, gradients of it and of the head's weight:",
         "",
-        *table(shape, device, ["LM head fused", "LM head and ours"]),
+        *table(shape, device, ["LM head fused", "LM head and ours"], rounds),
     ]
     if device == "cuda":
         rate = bandwidth()
         limit = 3 * shape["vocab"] * 2 * shape["tokens"] / rate / 0.7 * 1e3
-        lines += ["", f"Copy bandwidth {rate / 1e12:.2f} TB/s: the floor for ours is {limit:.2f} ms."]
+        lines += [
+            "",
+            f"Copy bandwidth {rate / 1e12:.2f} TB/s: the floor for ours is {limit:.2f} ms.",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -299,12 +307,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--case", choices=list(CASES))
     parser.add_argument("--shape", type=json.loads)
+    parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     shape = given.shape or (GPU if given.device == "cuda" else CPU)
     if given.case:
         print(json.dumps(run(given.case, shape, given.device)))
         return
-    text = report(shape, given.device)
+    text = report(shape, given.device, given.rounds)
     name = "terms-gpu.md" if given.device == "cuda" else "terms.md"
     Path(__file__).with_name(name).write_text(text, encoding="utf-8")
     print(text)

@@ -1,4 +1,4 @@
-"""`head_terms`: the terms straight from hidden states and an LM head; logits are never stored whole.
+"""`head_terms`: the terms straight from hidden states and an LM head; logits never stored whole.
 
 The same numbers as `terms(hidden @ weight.T, law)`, MATHS (46), block after block of the
 vocabulary: forward keeps a running log-sum-exp and the logits of the entries; backward, which comes
@@ -91,8 +91,8 @@ class Blocks:
         bounds = torch.searchsorted(block.index_select(0, order), edges).tolist()
         return cls(e, columns, order, bounds, column, (e.bucket > 0).nonzero().squeeze(1))
 
-    def own(self, b: int) -> tuple[Tensor, Tensor]:
-        """Of block b, its entries and where they lie in its flattened [N, columns of the block]."""
+    def own(self, b: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The entries of block b, their rows and their columns within it."""
         own = self.order[self.bounds[b] : self.bounds[b + 1]]
         return own, self.entries.row[own], self.column[own] - b * self.columns
 

@@ -114,7 +114,7 @@ def extra_terms(config: Any) -> tuple[str, ...]:
 
 
 def require_law(objective: str, config: Any, mode: str) -> None:
-    """`ConfigError` where a loss of whole laws meets a cache that truncates them (`capture.mode`)."""
+    """`ConfigError` where a loss of whole laws meets a cache that truncates them."""
     if getattr(config, "whole_law", False) and mode == "topk":
         raise ConfigError(
             found=f"objective {objective} (loss {config.kind}) on a cache of mode topk",

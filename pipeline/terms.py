@@ -242,7 +242,7 @@ def entry_pulls(
 
 
 def _shared(logp: Tensor, logq: Tensor) -> Tensor:
-    """p log(1 + q/p) + q log(1 + p/q), the overlap of MATHS (40)."""
+    """The overlap p log(1 + q/p) + q log(1 + p/q) of MATHS (40)."""
     both = torch.logaddexp(logp, logq)
     return logp.exp() * (both - logp) + logq.exp() * (both - logq)
 

@@ -34,7 +34,7 @@ def _block(width: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _online(z_ptr, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _online(z_ptr, width, BLOCK: tl.constexpr):
     """The largest logit of a row and Σ exp(z − largest), in one pass."""
     lane = tl.arange(0, BLOCK)
     peak = tl.full((), float("-inf"), tl.float32)
@@ -49,7 +49,7 @@ def _online(z_ptr, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _sparse_forward(  # type: ignore[no-untyped-def]
+def _sparse_forward(
     logits_ptr,
     start_ptr,
     index_ptr,
@@ -100,7 +100,7 @@ def _sparse_forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _sparse_bucket(  # type: ignore[no-untyped-def]
+def _sparse_bucket(
     logits_ptr,
     start_ptr,
     index_ptr,
@@ -173,7 +173,7 @@ def _sparse_bucket(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _sparse_backward(  # type: ignore[no-untyped-def]
+def _sparse_backward(
     logits_ptr,
     out_ptr,
     start_ptr,
@@ -245,7 +245,7 @@ def _sparse_backward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _dense_load(z_ptr, logp_ptr, d2t_ptr, column, inside, PRUNED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _dense_load(z_ptr, logp_ptr, d2t_ptr, column, inside, PRUNED: tl.constexpr):
     """Logits and log p of some columns; log 0 is a finite −1e30."""
     target = column
     if PRUNED:
@@ -257,7 +257,7 @@ def _dense_load(z_ptr, logp_ptr, d2t_ptr, column, inside, PRUNED: tl.constexpr):
 
 
 @triton.jit
-def _dense_forward(  # type: ignore[no-untyped-def]
+def _dense_forward(
     logits_ptr,
     logp_ptr,
     d2t_ptr,
@@ -284,9 +284,7 @@ def _dense_forward(  # type: ignore[no-untyped-def]
     below = tl.full((), 0.0, tl.float64)
     for v in range(0, width, BLOCK):
         inside = v + lane < width
-        x, logp = _dense_load(
-            z_ptr, logp_ptr + row * logp_width, d2t_ptr, v + lane, inside, PRUNED
-        )
+        x, logp = _dense_load(z_ptr, logp_ptr + row * logp_width, d2t_ptr, v + lane, inside, PRUNED)
         logq = (x - peak) - log_total
         p = tl.where(inside, tl.exp(logp), 0.0)
         mass += tl.sum(p, 0).to(tl.float64)
@@ -313,7 +311,7 @@ def _dense_forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _dense_backward(  # type: ignore[no-untyped-def]
+def _dense_backward(
     logits_ptr,
     out_ptr,
     logp_ptr,
@@ -356,9 +354,7 @@ def _dense_backward(  # type: ignore[no-untyped-def]
         logq = (x - peak) - log_total
         pull = tl.where(logq < logp, sign * tl.exp(logq + log_g), 0.0)
         x = tl.exp(logq) * factor + pull - tl.exp(logp) * g_kl
-        tl.store(
-            out_ptr + row * width + v + lane, x.to(out_ptr.dtype.element_ty), mask=inside
-        )
+        tl.store(out_ptr + row * width + v + lane, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @dataclass(frozen=True)
@@ -380,6 +376,10 @@ class SparseSaved:
     pruned: bool
 
 
+def _numbers(count: int, like: Tensor) -> Tensor:
+    return torch.empty(count, dtype=torch.float64, device=like.device)
+
+
 def sparse_forward(
     logits_NV: Tensor,
     start: Tensor,
@@ -390,17 +390,16 @@ def sparse_forward(
     bucket: Tensor,
     pruned: bool,
 ) -> tuple[Tensor, Tensor, SparseSaved]:
-    """kl and alpha, [N] float64, and what `sparse_backward` needs.
+    """The terms (kl, alpha), [N] float64, and what `sparse_backward` needs.
 
     logits_NV: contiguous; start [N + 1] and index [E] int64: entry e of row n is flattened logit
     index[e], start[n] ≤ e < start[n + 1]; p, weight [E] and bucket [N] float64.
     """
     num_rows, width = logits_NV.shape
     assert logits_NV.is_contiguous(), "rows of a kernel's logits lie one after the other"
-    f64 = {"dtype": torch.float64, "device": logits_NV.device}
-    kl, alpha, mass, used, log_rest = (torch.empty(num_rows, **f64) for _ in range(5))
+    kl, alpha, mass, used, log_rest = (_numbers(num_rows, logits_NV) for _ in range(5))
     peak, total = (torch.empty(num_rows, device=logits_NV.device) for _ in range(2))
-    logq = torch.empty(len(index), **f64)
+    logq = _numbers(len(index), logits_NV)
     if num_rows:
         block, warps = _block(width)
         _sparse_forward[(num_rows,)](
@@ -490,12 +489,11 @@ class DenseSaved:
 def dense_forward(
     logits_NV: Tensor, logp_NV: Tensor, d2t: Tensor | None
 ) -> tuple[Tensor, Tensor, DenseSaved]:
-    """kl and alpha, [N] float64, against full rows of log p; two reads of the logits."""
+    """The terms (kl, alpha), [N] float64, against full rows of log p; two reads of the logits."""
     num_rows, width = logits_NV.shape
     assert logits_NV.is_contiguous(), "rows of a kernel's logits lie one after the other"
     logp_NV = logp_NV.contiguous()
-    f64 = {"dtype": torch.float64, "device": logits_NV.device}
-    kl, alpha, mass, log_below = (torch.empty(num_rows, **f64) for _ in range(4))
+    kl, alpha, mass, log_below = (_numbers(num_rows, logits_NV) for _ in range(4))
     peak, total = (torch.empty(num_rows, device=logits_NV.device) for _ in range(2))
     if num_rows:
         block, warps = _block(width)

@@ -1,4 +1,4 @@
-"""1 − mean over depths of Π α, MATHS (44), arXiv 2606.12370: what a whole chain loses, end to end."""
+"""1 − mean over depths of Π α, MATHS (44), arXiv 2606.12370: what a chain loses end to end."""
 
 from typing import Literal
 

@@ -26,9 +26,7 @@ def laws(seed: int = 0, *, scale: float = 1.5) -> Tensor:
     return scale * torch.randn(S, N, V, generator=g, dtype=torch.float64)
 
 
-def terms_of(
-    z_SNV: Tensor, target_SNV: Tensor, extra: tuple[str, ...] = ()
-) -> tuple[Tensor, ...]:
+def terms_of(z_SNV: Tensor, target_SNV: Tensor, extra: tuple[str, ...] = ()) -> tuple[Tensor, ...]:
     """kl_SN, alpha_SN and more against the law softmax(target)."""
     law = DenseLaw(target_SNV.flatten(0, 1).log_softmax(-1))
     return tuple(x.view(S, N) for x in terms(z_SNV.flatten(0, 1), law, extra=extra))

@@ -38,9 +38,7 @@ def test_terms_and_gradients_are_those_of_whole_logits(columns: int | None, prun
     fused = head_terms(hidden, weight, law, d2t=d2t, columns=columns)
     for a, b in zip(fused, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
-    for a, b in zip(
-        pulled(hidden, weight, *fused), pulled(hidden, weight, *whole), strict=True
-    ):
+    for a, b in zip(pulled(hidden, weight, *fused), pulled(hidden, weight, *whole), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
 
 
@@ -157,5 +155,7 @@ def test_two_uses_of_a_row_mix_up_nothing() -> None:
     hidden, weight = inputs()
     kl, alpha = head_terms(hidden, weight, sparse_law(), columns=64)
     z = hidden @ weight.T
-    for a, b in zip(gradients(hidden, kl, alpha), gradients(z, *terms(z, sparse_law())), strict=True):
+    for a, b in zip(
+        gradients(hidden, kl, alpha), gradients(z, *terms(z, sparse_law())), strict=True
+    ):
         torch.testing.assert_close(a, b @ weight, rtol=1e-10, atol=1e-12)

@@ -162,7 +162,9 @@ def test_a_bad_parameter_is_refused_by_name(section: dict[str, Any], sentence: s
 
 
 def test_a_loss_that_does_not_exist_is_refused_with_those_that_do() -> None:
-    with pytest.raises(ConfigError, match=r"loss 'nll'; expected one of e2e_tv, jsd, kl, lk_alpha, .*tv"):
+    with pytest.raises(
+        ConfigError, match=r"loss 'nll'; expected one of e2e_tv, jsd, kl, lk_alpha, .*tv"
+    ):
         find("nll")
 
 
@@ -179,7 +181,9 @@ def test_reverse_kl_is_the_divergence_of_torch_and_jsd_its_mixture() -> None:
 
 def test_a_loss_of_whole_laws_is_refused_on_a_truncated_cache() -> None:
     config = find("reverse_kl").Config(kind="reverse_kl")
-    with pytest.raises(ConfigError, match=r"objective rkl \(loss reverse_kl\) on a cache of mode t"):
+    with pytest.raises(
+        ConfigError, match=r"objective rkl \(loss reverse_kl\) on a cache of mode t"
+    ):
         require_law("rkl", config, "topk")
     require_law("rkl", config, "full")
     require_law("jsd", find("jsd").Config(kind="jsd"), "topk")
@@ -313,7 +317,7 @@ def test_uniform_weighs_all_depths_alike() -> None:
 
 
 class Ranks:
-    """torch.distributed with two ranks, one after the other: first what each gives, then the sum."""
+    """torch.distributed of two ranks in turn: first what each gives, then the sum."""
 
     def __init__(self) -> None:
         self.given: list[list[Tensor]] = [[], []]

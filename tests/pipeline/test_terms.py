@@ -327,14 +327,15 @@ def jsd_reference(z_NV: Tensor, law: SparseLaw | DenseLaw, d2t: Tensor | None) -
     """log 2 − ½ Σ over the law of p log(1 + q/p) + q log(1 + p/q), one id at a time."""
     out = []
     for n, z in enumerate(z_NV.double()):
-        q_of = dict(zip((torch.arange(len(z)) if d2t is None else d2t).tolist(), z.softmax(-1)))
+        columns = range(len(z)) if d2t is None else d2t.tolist()
+        q_of = dict(zip(columns, z.softmax(-1), strict=True))
         if isinstance(law, DenseLaw):
             p = law.logp[n].double().exp()
             out.append(sum(shared(p[v], q) for v, q in q_of.items()))
             continue
         own = range(int(law.entry_start[n]), int(law.entry_start[n + 1]))
         ids, total = [int(law.ids[e]) for e in own], 0 * z.sum()
-        for e, v in zip(own, ids):
+        for e, v in zip(own, ids, strict=True):
             if v in q_of:
                 total = total + law.weight[e].double() * shared(law.p[e].double(), q_of[v])
         if law.bucket[n] > 0:
@@ -355,9 +356,7 @@ def test_jsd_is_that_of_the_definition_beside_unchanged_terms(
     exact = jsd_reference(z, law, d2t)
     torch.testing.assert_close(jsd, exact, rtol=1e-7, atol=1e-9)
     mix = torch.linspace(0.5, 2, len(jsd), dtype=jsd.dtype)
-    (of_jsd,), (pull,) = (
-        torch.autograd.grad(x, z, mix, retain_graph=True) for x in (jsd, exact)
-    )
+    (of_jsd,), (pull,) = (torch.autograd.grad(x, z, mix, retain_graph=True) for x in (jsd, exact))
     torch.testing.assert_close(of_jsd, pull, rtol=1e-6, atol=1e-9)
 
 

@@ -40,7 +40,11 @@ def broken(path: str, value: Any) -> dict[str, Any]:
         ("train.depth_weights", "focal", r"train\.depth_weights is 'focal'; .*'survival'"),
         ("verify", None, r"section verify is missing"),
         ("drafts.lm.kind", "llm", r"draft kind 'llm'; expected one of eagle3, lm, medusa"),
-        ("losses.tv.kind", "hinge", r"loss 'hinge'; expected one of e2e_tv, jsd, kl, lk_alpha, lk_fixed"),
+        (
+            "losses.tv.kind",
+            "hinge",
+            r"loss 'hinge'; expected one of e2e_tv, jsd, kl, lk_alpha, lk_fixed",
+        ),
         ("arms.lm-kl-0.start", "lm-9", r"arms\.lm-kl-0.*'lm-9'"),
         ("arms.lm-kl-0.loss", "tv", r"arms\.lm-kl-0.*'tv' for loss; expected 'kl'"),
         ("starts.lm-0.objectives", ["kl"], r"starts\.lm-0 has \['kl'\] for objectives"),
