@@ -124,3 +124,13 @@ def test_a_training_process_imports_nothing_slow() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_a_loss_of_whole_laws_is_refused_on_a_truncated_cache_before_training(
+    warmed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arm = {**PARAMS["arms"]["lm-tv-0"], "objective": "rkl", "loss": "reverse_kl"}
+    params = edit(PARAMS, arms={"lm-rkl-0": arm}, losses={"rkl": {"kind": "reverse_kl"}})
+    project(warmed / "other", monkeypatch, params=params)
+    with pytest.raises(ConfigError, match=r"objective rkl \(loss reverse_kl\) on a cache of mode"):
+        stage(train, "lm-rkl-0", monkeypatch)
