@@ -1,10 +1,10 @@
 """Forward + backward time and peak memory of the LK hybrid loss: ours, plain torch, the peers.
 
 `python benchmarks/terms.py` on a CPU, `make gpu-bench` on a GPU; writes `terms.md` or
-`terms-gpu.md` beside this file. Every case runs in a fresh process, the cases in turn over several
-rounds, and the least time counts: of a GPU the wall clock's, of a CPU that of the one thread, which
-other work on the machine disturbs least. The loss is λ·KL + (1 − λ)·TV with λ = exp(−3 sg α) per token, on
-which all agree where the law's whole mass lies on its entries; its mean is compared.
+`terms-gpu.md` beside this file. Every case runs in a fresh process, the cases in turn, and the
+least time counts: of a GPU the wall clock's, of a CPU that of the one thread, which other work on
+the machine disturbs least. The loss is λ·KL + (1 − λ)·TV with λ = exp(−3 sg α) per token, on which
+all agree where the law's whole mass lies on its entries; its mean is compared.
 
 Ours takes a ragged sparse law of about 40 entries a row, as the cache stores it; the others take a
 dense row of target logits and return the gradient of the draft's logits all the same. The peers

@@ -15,7 +15,8 @@ names of `pipeline.terms.EXTRA`; `loss` then takes them after `mask_SN`, in that
 defined on whole laws alone says `whole_law: ClassVar = True` and is refused on a truncated cache
 before anything is trained (`require_law`).
 
-Under torch.distributed every mean is over the supervised anchors of all ranks (MATHS (47)).
+Knows no rank: who shares a batch among processes gathers its terms first, so that every mean here
+is over all its anchors.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from storage.errors import ConfigError
 
@@ -60,12 +61,9 @@ def reach(alpha_SN: Tensor, mask_SN: Tensor) -> Tensor:
 
 
 def masked_mean(x_SN: Tensor, mask_SN: Tensor) -> Tensor:
-    """[S] mean over the supervised anchors of each depth, of all ranks; 0 where a depth has none.
-
-    For what is detached: a rank's own share of a mean that is differentiated is `reduce`'s.
-    """
+    """[S] mean over the supervised anchors of each depth; 0 where a depth has none."""
     total = torch.where(mask_SN, x_SN, 0.0).sum(-1)
-    return _over_ranks(total.detach()) / _over_ranks(mask_SN.sum(-1)).clamp(min=1)
+    return total / mask_SN.sum(-1).clamp(min=1)
 
 
 def reduce(
@@ -79,33 +77,16 @@ def reduce(
     """Σ_k w_k · mean of depth k over its supervised anchors: a scalar, MATHS (15), (45).
 
     w_k is depth_decay^k, 1 (`uniform`), or of each anchor the detached probability that depth k is
-    reached (`survival`, which asks for `alpha_SN`). On several ranks a rank's value is W times its
-    share of the global mean, so that the mean over W ranks, as DDP takes it of gradients, is the
-    value of one rank that has all anchors.
+    reached (`survival`, which asks for `alpha_SN`).
     """
     if depth_weights == "survival":
         assert alpha_SN is not None, "survival weighs by the acceptance of earlier depths"
         loss_SN = reach(alpha_SN.detach(), mask_SN) * loss_SN
-    total_S = torch.where(mask_SN, loss_SN, 0.0).sum(-1)
-    ranks, count_S = _num_ranks(), _over_ranks(mask_SN.sum(-1))
-    mean_S = total_S * ranks / count_S.clamp(min=1)
+    mean_S = masked_mean(loss_SN, mask_SN)
     if depth_weights == "decay":
         depth = torch.arange(len(loss_SN), device=loss_SN.device, dtype=loss_SN.dtype)
         mean_S = depth_decay**depth * mean_S
     return mean_S.sum()
-
-
-def _num_ranks() -> int:
-    started = distributed.is_available() and distributed.is_initialized()
-    return distributed.get_world_size() if started else 1
-
-
-def _over_ranks(x: Tensor) -> Tensor:
-    """The sum over all ranks of a tensor that no gradient flows through."""
-    if _num_ranks() > 1:
-        x = x.clone()
-        distributed.all_reduce(x)
-    return x
 
 
 def extra_terms(config: Any) -> tuple[str, ...]:

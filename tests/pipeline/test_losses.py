@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import loss as losses
 from pipeline.batch import Batch
 from pipeline.check import check_params
 from pipeline.config import parse, read_params
@@ -314,63 +313,3 @@ def test_uniform_weighs_all_depths_alike() -> None:
     loss = torch.tensor([[1.0, 3.0], [4.0, 9.0]])
     mask = torch.tensor([[True, True], [True, False]])
     assert reduce(loss, mask, depth_decay=1, depth_weights="uniform").item() == 2 + 4
-
-
-class Ranks:
-    """torch.distributed of two ranks in turn: first what each gives, then the sum."""
-
-    def __init__(self) -> None:
-        self.given: list[list[Tensor]] = [[], []]
-        self.rank, self.summing, self.call = 0, False, 0
-
-    def is_available(self) -> bool:
-        return True
-
-    is_initialized = is_available
-
-    def get_world_size(self) -> int:
-        return 2
-
-    def all_reduce(self, x: Tensor) -> None:
-        assert not x.requires_grad
-        if self.summing:
-            x += self.given[1 - self.rank][self.call]
-            self.call += 1
-        else:
-            self.given[self.rank].append(x.clone())
-
-
-@pytest.mark.parametrize("kind", kinds())
-@pytest.mark.parametrize("weights", ["decay", "survival"])
-def test_the_mean_over_two_ranks_is_the_value_of_one(
-    kind: str, weights: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module, names = find(kind), ("jsd", "reverse_kl")
-    parameters = {"lk_lambda": {"eta": 3.0}, "lk_fixed": {"weight": 0.5}}.get(kind, {})
-    config = module.Config(kind=kind, **parameters)
-    z = laws(1).requires_grad_()
-
-    def value(columns: slice) -> Tensor:
-        kl, alpha, jsd, reverse = (x[:, columns] for x in terms_of(z, laws(), names))
-        asked = {"jsd": jsd, "reverse_kl": reverse}
-        more = [asked[name] for name in losses.extra_terms(config)]
-        mask = MASK_SN[:, columns]
-        own = module.loss(kl, alpha, mask, *more, config)
-        decay = 0.8 if weights == "decay" else 1.0
-        return reduce(own, mask, depth_decay=decay, depth_weights=weights, alpha_SN=alpha)
-
-    whole = value(slice(None))
-    (exact,) = torch.autograd.grad(whole, z)
-    ranks, parts = Ranks(), [slice(0, 2), slice(2, None)]
-    monkeypatch.setattr(losses, "distributed", ranks)
-    for ranks.rank, part in enumerate(parts):
-        value(part)
-    ranks.summing = True
-    total, gradient = 0.0, torch.zeros_like(z)
-    for ranks.rank, part in enumerate(parts):
-        ranks.call = 0
-        own = value(part)
-        gradient += torch.autograd.grad(own, z)[0] / 2
-        total += own.item() / 2
-    assert total == pytest.approx(whole.item(), rel=1e-12)
-    torch.testing.assert_close(gradient, exact, rtol=1e-10, atol=1e-13)
