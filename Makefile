@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PATH := $(BIN):$(PATH)
 
-.PHONY: run test quick check env fix deps clean help
+.PHONY: run test quick check env fix deps gpu-bench clean help
 
 run: env  ## the whole pipeline on params.yaml, to report/index.html
 	dvc repro
@@ -49,8 +49,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 deps: env  ## write every stage's import closure into dvc.yaml
 	python -m tests.house.closure
 
+gpu-bench: env  ## the terms and the fused head on this machine's GPU, to benchmarks/terms-gpu.md
+	python benchmarks/terms.py --device cuda
+
 clean:  ## remove what stages left unfinished; outputs and DVC's cache stay
 	rm -rf .scratch quick
 
 help:
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'

@@ -18,7 +18,7 @@ from pipeline.evaluate import EvaluateConfig
 from pipeline.export import ExportConfig, find_format
 from pipeline.findings import ReportConfig
 from pipeline.generate import GenerateConfig
-from pipeline.matrix import Export, Start, check_matrix
+from pipeline.matrix import Arm, Export, Start, check_matrix
 from pipeline.pin import TargetConfig
 from pipeline.prompts import JsonlSource, PrepareConfig
 from pipeline.train import FitConfig, WarmupConfig
@@ -51,6 +51,9 @@ def check_params(params: Mapping[str, Any]) -> None:
     exports: dict[str, Export] = parse("exports", params["exports"], dict[str, Export])
     for start in starts.values():
         _check_needs(start.draft, found["drafts"][start.draft], sections["capture"])
+    arms: dict[str, Arm] = parse("arms", params["arms"], dict[str, Arm])
+    for arm in arms.values():
+        loss.require_law(arm.objective, found["losses"][arm.objective], sections["capture"].mode)
     for cell in exports.values():
         find_format(cell.kind, cell.format)
     _check_target(sections)

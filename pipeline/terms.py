@@ -1,18 +1,25 @@
 """`terms`: KL and acceptance of draft logits against the cached law, with closed-form gradients.
 
-The readable definition is MATHS (1)-(9); a dense float64 version of it stands in the test. Here a
-sparse law costs one pass over the logits forward and one backward, and nothing of size [N, V] is
-kept but the logits themselves: both gradients are a multiple of q plus values at the entries.
+The readable definition is MATHS (1)-(9), (40)-(43); a dense float64 version of it stands in the
+test. Here a sparse law costs one pass over the logits forward and one backward, and nothing of size
+[N, V] is kept but the logits themselves: both gradients are a multiple of q plus values at the
+entries.
 
 Numbers of rows and entries are float64 and logarithms are taken at the entries, so that −log α and
 its gradient stay exact down to α = e^−700; only the pass over the vocabulary is float32 (float64
-for float64 logits), whatever the dtype of the logits.
+for float64 logits), whatever the dtype of the logits. On a GPU the same arithmetic runs as Triton
+kernels (`pipeline.terms_triton`) where triton is installed.
+
+What is not a number stays visible: a row with a logit of NaN or +inf has terms NaN, unless its law
+is empty; a logit of −inf is q = 0, and KL = +inf where its p > 0.
 
 Dims: N rows, E entries of all rows, Vd draft vocabulary. Knows no loss and no cache.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -27,24 +34,45 @@ CHUNK = 1 << 17
 REST = 1e-3
 """Below it 1 − Σ_kept q, off by up to 1e-6, is replaced by a sum over the ids that are not kept."""
 
+EXTRA = ("jsd", "reverse_kl")
+"""Terms that a loss may ask for beside KL and α; reverse KL is defined on dense laws alone."""
 
-def terms(logits_NV: Tensor, law: Law, *, d2t: Tensor | None = None) -> tuple[Tensor, Tensor]:
+LOG2 = math.log(2)
+
+
+def terms(
+    logits_NV: Tensor,
+    law: Law,
+    *,
+    d2t: Tensor | None = None,
+    extra: Sequence[str] = (),
+    in_place: bool = False,
+) -> tuple[Tensor, ...]:
     """KL(p̃‖q) and the estimate α̂ of Σ_v min(p_v, q_v) of each row; MATHS (3)-(9), DESIGN §6.
 
     logits_NV: [N, Vd] of any float dtype; law: N rows aligned with them; d2t: [Vd] int64 target
-    ids of a pruned draft vocabulary, ascending. Returns (kl, alpha), [N] float64 in nats and as a
-    probability. On a pruned vocabulary KL takes p renormalised over the entries inside it and α the
-    full p; a row with no entry inside it has kl = alpha = 0 and no gradient.
+    ids of a pruned draft vocabulary, ascending. Returns (kl, alpha, *extra), [N] float64 in nats
+    and as a probability; `extra` names more terms, of `EXTRA`. On a pruned vocabulary KL takes p
+    renormalised over the entries inside it and α the full p; a row with no entry inside it has
+    kl = alpha = 0 and no gradient. `in_place` lets backward write the gradient over the logits,
+    which halves the peak; nothing else may need them then (a second backward is an error).
     """
     assert len(logits_NV) == law.num_rows, (logits_NV.shape, law.num_rows)
     assert d2t is None or len(d2t) == logits_NV.shape[1], (logits_NV.shape, d2t)
-    kl_N: Tensor
-    alpha_N: Tensor
+    assert set(extra) <= set(EXTRA), extra
+    out: tuple[Tensor, ...]
     if isinstance(law, DenseLaw):
-        kl_N, alpha_N = _Dense.apply(logits_NV, law.logp, d2t)
+        out = _Dense.apply(logits_NV, law.logp, d2t, tuple(extra), in_place)
     else:
-        kl_N, alpha_N = _Sparse.apply(logits_NV, draft_entries(law, logits_NV.shape[1], d2t))
-    return kl_N, alpha_N
+        assert "reverse_kl" not in extra, "no estimate from samples has a finite variance"
+        entries = draft_entries(law, logits_NV.shape[1], d2t)
+        out = _Sparse.apply(logits_NV, entries, bool(extra), in_place)
+    return out
+
+
+def has_kernel(logits: Tensor) -> bool:
+    """Whether the Triton kernels take these logits: on a GPU, no wider than float32."""
+    return logits.is_cuda and logits.dtype != torch.float64 and find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -138,52 +166,155 @@ def _log_rest(logits_NV: Tensor, lse_N: Tensor, e: Entries, q_E: Tensor) -> Tens
     return log_rest
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What the forward of a sparse law keeps of rows and entries, for its gradient."""
+
+    logq: Tensor
+    """[E] float64."""
+    mass: Tensor
+    """[N] float64: Σ w p + b, the mass of the law that the draft's vocabulary holds."""
+    bucket: Tensor
+    """[N] float64: b, 0 where the draft has no symbol left for it."""
+    log_rest: Tensor | None
+    """[N] float64: log q_rest, 0 where there is no bucket; None where no row has one."""
+
+
+def entry_terms(
+    e: Entries, logq: Tensor, log_rest: Tensor | None, *, jsd: bool = False
+) -> tuple[tuple[Tensor, ...], Seen]:
+    """(kl, alpha) or (kl, alpha, jsd) of each row from log q at its entries; MATHS (5), (6), (42).
+
+    log_rest: [N] log of q outside the entries, −inf where nothing is; None where no row has a
+    bucket.
+    """
+    q, wp = logq.exp(), e.weight * e.p
+    # a bucket needs a symbol of the draft's outside the entries
+    bucket = e.bucket if log_rest is None else torch.where(log_rest.isinf(), 0.0, e.bucket)
+    logp = e.p.clamp(min=1e-300).log_()  # p = 0 adds nothing: its weight is 0
+    kl = e.sum(torch.where(wp > 0, wp * (logp - logq), 0.0))
+    alpha = e.sum(e.weight * torch.minimum(e.p, q))
+    overlap = e.sum(e.weight * _shared(logp, logq)) if jsd else None
+    if log_rest is not None:
+        log_rest = torch.where(bucket > 0, log_rest, 0.0)
+        kl += torch.xlogy(bucket, bucket) - bucket * log_rest
+        alpha += torch.minimum(bucket, log_rest.exp())
+        if overlap is not None:
+            both = _shared(bucket.clamp(min=1e-300).log(), log_rest)
+            overlap += torch.where(bucket > 0, both, 0.0)
+    mass = e.sum(wp) + bucket
+    if e.pruned:
+        kl = torch.where(mass > 0, kl / mass - mass.log(), 0.0)
+    values = (kl, alpha) if overlap is None else (kl, alpha, LOG2 - overlap / 2)
+    return values, Seen(logq, mass, bucket, log_rest)
+
+
+def entry_pulls(
+    e: Entries, seen: Seen, g_kl: Tensor, g_alpha: Tensor, g_jsd: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The gradient in the form of MATHS (9): (scale_N, base_E, value_E).
+
+    It is scale · q_j at every id j, `base` in place of that at the entries (None where it is the
+    same), and each entry's `value` added to its id. A pull is h w q ∂min/∂q of an entry, and for
+    the Jensen-Shannon overlap likewise (41).
+    """
+    q, bucket, log_rest = seen.logq.exp(), seen.bucket, seen.log_rest
+    g_kl, g_alpha = g_kl.double(), g_alpha.double()
+    if e.pruned:  # of KL / mass − log mass
+        g_kl = torch.where(seen.mass > 0, g_kl / seen.mass, 0.0)
+    pull = e.spread(g_alpha) * torch.where(q < e.p, e.weight * q, 0.0)
+    if g_jsd is not None:
+        logp = e.p.clamp(min=1e-300).log_()
+        ratio = torch.logaddexp(logp, seen.logq) - seen.logq
+        pull -= e.spread(g_jsd.double() / 2) * (e.weight * q * ratio)
+    factor = g_kl * seen.mass - e.sum(pull)
+    value = pull - e.spread(g_kl) * (e.weight * e.p)
+    if log_rest is None:
+        return factor, None, value
+    rest = log_rest.exp()
+    rest_pull = g_alpha * (rest < bucket).double()
+    if g_jsd is not None:
+        ratio = torch.logaddexp(bucket.clamp(min=1e-300).log(), log_rest) - log_rest
+        rest_pull = rest_pull - torch.where(bucket > 0, g_jsd.double() / 2 * ratio, 0.0)
+    factor = factor - rest_pull * rest
+    # at the entries q · factor is written afresh: the difference would cancel
+    return factor + rest_pull - g_kl * bucket / rest, q * e.spread(factor), value
+
+
+def _shared(logp: Tensor, logq: Tensor) -> Tensor:
+    """The overlap p log(1 + q/p) + q log(1 + p/q) of MATHS (40)."""
+    both = torch.logaddexp(logp, logq)
+    return logp.exp() * (both - logp) + logq.exp() * (both - logq)
+
+
 class _Sparse(torch.autograd.Function):
     """MATHS (5)-(9) for entries and buckets."""
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, e: Entries) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, logits_NV: Tensor, e: Entries, jsd: bool, in_place: bool
+    ) -> tuple[Tensor, ...]:
+        ctx.entries, ctx.in_place = e, in_place
+        ctx.fused = has_kernel(logits_NV) and not jsd
+        if ctx.fused:
+            from pipeline import terms_triton
+
+            logits_NV = logits_NV.contiguous()
+            kl, alpha, ctx.saved = terms_triton.sparse_forward(
+                logits_NV,
+                e.start,
+                e.index,
+                p=e.p,
+                weight=e.weight,
+                bucket=e.bucket,
+                pruned=e.pruned,
+            )
+            ctx.save_for_backward(logits_NV)
+            return kl, alpha
         peak, total = partition(logits_NV)
         lse = peak.double() + total.log()
         logq = logits_NV.reshape(-1).index_select(0, e.index).double() - e.spread(lse)
-        q, wp = logq.exp(), e.weight * e.p
-        log_rest = _log_rest(logits_NV, lse, e, q) if bool(e.bucket.any()) else None
-        # a bucket needs a symbol of the draft's outside the entries
-        bucket = e.bucket if log_rest is None else torch.where(log_rest.isinf(), 0.0, e.bucket)
-        # p = 0 adds nothing: its weight is 0 and its logarithm finite
-        kl = e.sum(e.p.clamp(min=1e-300).log_().sub_(logq).mul_(wp))
-        alpha = e.sum(e.weight * torch.minimum(e.p, q))
-        if log_rest is not None:
-            log_rest = torch.where(bucket > 0, log_rest, 0.0)
-            kl += torch.xlogy(bucket, bucket) - bucket * log_rest
-            alpha += torch.minimum(bucket, log_rest.exp())
-        mass = e.sum(wp) + bucket
-        if e.pruned:
-            kl = torch.where(mass > 0, kl / mass - mass.log(), 0.0)
-        ctx.save_for_backward(logits_NV, peak, total, q, mass, bucket, log_rest)
-        ctx.entries = e
-        return kl, alpha
+        log_rest = _log_rest(logits_NV, lse, e, logq.exp()) if bool(e.bucket.any()) else None
+        values, seen = entry_terms(e, logq, log_rest, jsd=jsd)
+        ctx.save_for_backward(
+            logits_NV, peak, total, seen.logq, seen.mass, seen.bucket, seen.log_rest
+        )
+        return values
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g_kl: Tensor, g_alpha: Tensor) -> tuple[Tensor, None]:
-        logits_NV, peak, total, q, mass, bucket, log_rest = ctx.saved_tensors
-        e: Entries = ctx.entries
-        g_kl, g_alpha = g_kl.double(), g_alpha.double()
-        if e.pruned:  # of KL / mass − log mass
-            g_kl = torch.where(mass > 0, g_kl / mass, 0.0)
-        below = torch.where(q < e.p, e.weight * q, 0.0)
-        factor = g_kl * mass - g_alpha * e.sum(below)
-        value = e.spread(g_alpha) * below - e.spread(g_kl) * (e.weight * e.p)
-        base, rest_factor = None, factor
-        if log_rest is not None:
-            rest = log_rest.exp()
-            short = (rest < bucket).double()
-            factor = factor - g_alpha * short * rest
-            rest_factor = factor + g_alpha * short - g_kl * bucket / rest
-            # at the entries q · factor is written afresh: the difference would cancel
-            base = q * e.spread(factor)
-        return _spread(logits_NV, peak, rest_factor / total, e, base, value), None
+    def backward(ctx: Any, *g: Tensor) -> tuple[Tensor, None, None, None]:
+        logits_NV, *kept = ctx.saved_tensors
+        out = _own(logits_NV, in_place=ctx.in_place)
+        if ctx.fused:
+            from pipeline import terms_triton
+
+            terms_triton.sparse_backward(logits_NV, ctx.saved, g[0], g[1], out=out)
+        else:
+            peak, total, *seen = kept
+            scale, base, value = entry_pulls(ctx.entries, Seen(*seen), *g)
+            _spread(logits_NV, peak, scale / total, ctx.entries, base, value, out=out)
+        return out, None, None, None
+
+
+def _own(logits_NV: Tensor, *, in_place: bool) -> Tensor:
+    """Where a gradient is written: over the logits if they may go, else beside them."""
+    if not (in_place and logits_NV.is_contiguous()):
+        return torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
+    # whoever else saved the logits is told by autograd, instead of reading a gradient
+    torch.autograd.graph.increment_version(logits_NV)
+    return logits_NV.detach()
+
+
+def fold(peak_N: Tensor, scale_N: Tensor) -> tuple[Tensor, Tensor]:
+    """(peak, scale) of the same scale · exp(z − peak), in peak's dtype, whose range it may leave.
+
+    The scale is as large as q_rest is small, and the exponential then as small at all ids but the
+    entries, which are written afresh: the two are joined in the exponent.
+    """
+    size = scale_N.abs()
+    shift = torch.where(size > 1e30, size.log(), 0.0)
+    return (peak_N - shift).to(peak_N.dtype), (scale_N * (-shift).exp()).to(peak_N.dtype)
 
 
 def _spread(
@@ -193,10 +324,13 @@ def _spread(
     e: Entries,
     base_E: Tensor | None,
     value_E: Tensor,
-) -> Tensor:
+    *,
+    out: Tensor,
+) -> None:
     """Fill with scale · exp(z − peak); at the entries `base` in its place; `value` added there."""
-    out, wide = torch.empty_like(logits_NV), peak_N.dtype
-    scale_N, value_E = scale_N.to(wide), value_E.to(wide)
+    wide = peak_N.dtype
+    peak_N, scale_N = fold(peak_N, scale_N)
+    value_E = value_E.to(wide)
     base_E = None if base_E is None else base_E.to(wide)
     width = logits_NV.shape[1]
     starts = torch.tensor([rows.start for rows in _blocks(logits_NV)], device=e.row.device)
@@ -213,50 +347,86 @@ def _spread(
         flat.index_add_(0, index, value_E[own])
         if out.dtype != wide:
             out[rows] = x
-    return out
 
 
 class _Dense(torch.autograd.Function):
-    """MATHS (3), (4), (7), (8) for full rows, with the same care for tiny α."""
+    """MATHS (3), (4), (7), (8), (40)-(43) for full rows, with the same care for tiny α."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits_NV: Tensor, logp_NV: Tensor, d2t: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        logits_NV: Tensor,
+        logp_NV: Tensor,
+        d2t: Tensor | None,
+        extra: tuple[str, ...],
+        in_place: bool,
+    ) -> tuple[Tensor, ...]:
+        ctx.extra, ctx.in_place = extra, in_place
+        ctx.fused = has_kernel(logits_NV) and not extra
+        if ctx.fused:
+            from pipeline import terms_triton
+
+            logits_NV = logits_NV.contiguous()
+            kl, alpha, ctx.saved = terms_triton.dense_forward(logits_NV, logp_NV, d2t)
+            ctx.save_for_backward(logits_NV)
+            return kl, alpha
         peak, total = partition(logits_NV)
         lse = (peak.double() + total.log()).to(peak.dtype)
         kl, alpha, mass = (torch.empty_like(total) for _ in range(3))
+        more = {name: torch.empty_like(total) for name in extra}
         for rows in _blocks(logits_NV):
             logp, logq = _dense_rows(logits_NV, logp_NV, d2t, lse, rows)
             p = logp.exp()
             mass[rows] = p.sum(-1).double()
-            kl[rows] = p.mul_(logp - logq).sum(-1).double()
+            if "jsd" in more:
+                more["jsd"][rows] = LOG2 - _shared(logp, logq).sum(-1).double() / 2
+            if "reverse_kl" in more:
+                more["reverse_kl"][rows] = (logq.exp() * (logq - logp)).sum(-1).double()
+            kl[rows] = torch.where(p > 0, p * (logp - logq), 0.0).sum(-1).double()
             overlap = torch.minimum(logp, logq)
             top = overlap.amax(-1, keepdim=True)
             alpha[rows] = top.squeeze(-1).double().exp() * (overlap - top).exp_().sum(-1).double()
         if d2t is not None:
             kl = torch.where(mass > 0, kl / mass - mass.log(), 0.0)
-        ctx.save_for_backward(logits_NV, logp_NV, d2t, lse, mass)
-        return kl, alpha
+            if "reverse_kl" in more:
+                shifted = more["reverse_kl"] + mass.log()
+                more["reverse_kl"] = torch.where(mass > 0, shifted, 0.0)
+        ctx.save_for_backward(logits_NV, logp_NV, d2t, lse, mass, more.get("reverse_kl"))
+        return kl, alpha, *more.values()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g_kl: Tensor, g_alpha: Tensor) -> tuple[Tensor, None, None]:
-        logits_NV, logp_NV, d2t, lse, mass = ctx.saved_tensors
-        g_kl, g_alpha = g_kl.double(), g_alpha.double()
+    def backward(ctx: Any, *g: Tensor) -> tuple[Tensor, None, None, None, None]:
+        logits_NV, *kept = ctx.saved_tensors
+        out = _own(logits_NV, in_place=ctx.in_place)
+        if ctx.fused:
+            from pipeline import terms_triton
+
+            terms_triton.dense_backward(logits_NV, ctx.saved, g[0], g[1], out=out)
+            return out, None, None, None, None
+        logp_NV, d2t, lse, mass, reverse = kept
+        g_kl, g_alpha, *g_more = (x.double() for x in g)
         if d2t is not None:
             g_kl = torch.where(mass > 0, g_kl / mass, 0.0)
-        out, wide = torch.empty_like(logits_NV), lse.dtype
-        log_g, sign = g_alpha.abs().log().to(wide), g_alpha.sign().to(wide)
+        more = {k: x.to(lse.dtype)[:, None] for k, x in zip(ctx.extra, g_more, strict=True)}
+        log_g, sign = g_alpha.abs().log().to(lse.dtype), g_alpha.sign().to(lse.dtype)
         for rows in _blocks(logits_NV):
             logp, logq = _dense_rows(logits_NV, logp_NV, d2t, lse, rows)
             # g_alpha may be as large as q is small: their product is formed in logarithms
             pull = torch.where(logq < logp, (logq + log_g[rows, None]).exp(), 0.0)
             pull.mul_(sign[rows, None])
-            factor = (g_kl[rows] * mass[rows]).to(wide) - pull.sum(-1)
+            if "jsd" in more:
+                ratio = torch.logaddexp(logp, logq) - logq
+                pull -= more["jsd"][rows] / 2 * logq.exp() * ratio
+            if "reverse_kl" in more:
+                constant = torch.where(mass > 0, mass.log() if d2t is not None else 0.0, 0.0)
+                ratio = logq - logp + (constant - reverse)[rows, None].to(lse.dtype)
+                ratio *= (mass > 0)[rows, None]
+                pull += more["reverse_kl"][rows] * logq.exp() * ratio
+            factor = (g_kl[rows] * mass[rows]).to(lse.dtype) - pull.sum(-1)
             x = logq.exp_().mul_(factor[:, None]).add_(pull)
-            out[rows] = x.sub_(logp.exp_().mul_(g_kl[rows, None].to(wide)))
-        return out, None, None
+            out[rows] = x.sub_(logp.exp_().mul_(g_kl[rows, None].to(lse.dtype)))
+        return out, None, None, None, None
 
 
 def _dense_rows(

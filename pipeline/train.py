@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from pipeline.batch import Batch
@@ -26,7 +25,7 @@ from pipeline.config import Strict, load
 from pipeline.dataset import heldout_batches, require, supervised_counts, training_batches
 from pipeline.draft import Draft, DraftConfig, Needs, find
 from pipeline.interface import Interface, Shape
-from pipeline.loss import reduce
+from pipeline.loss import DepthWeights, align, reduce
 from pipeline.optimizer import AdamW, learning_rate
 from pipeline.target import read_interface, read_spec
 from pipeline.terms import terms
@@ -42,8 +41,8 @@ EXPLODED = 1e3
 HELDOUT_POINTS = 4
 """Early evaluations a run, the end included: a few rows of the curve, under 3 % of the time."""
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(kl_SN, alpha_SN, mask_SN) -> loss_SN: a loss of `pipeline.losses` with its config bound."""
+Loss = Callable[..., Tensor]
+"""(kl_SN, alpha_SN, mask_SN, *extra_SN) -> loss_SN: one of `pipeline.losses`, its config bound."""
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -63,12 +62,22 @@ class FitConfig(Strict):
     weight_decay: Annotated[float, Field(ge=0)]
     clip: Annotated[float, Field(gt=0)]
     """Largest norm of all gradients together."""
+    depth_weights: DepthWeights
+    """Of depth k: depth_decay^k, 1, or the detached probability of reaching it, MATHS (45)."""
     depth_decay: Annotated[float, Field(gt=0, le=1)]
-    """Weight of depth k is depth_decay^k."""
+    """Read by `depth_weights: decay`; 1 with the others."""
     heldout_sequences: Positive
     """Of the held-out cache, for early evaluation; the score is `evaluate`'s."""
     log_every: Positive
     threads: Positive
+
+    @model_validator(mode="after")
+    def _decay_is_read(self) -> "FitConfig":
+        if self.depth_weights != "decay" and self.depth_decay != 1:
+            raise ValueError(
+                f"depth_decay 1.0 with depth_weights {self.depth_weights}, which does not read it"
+            )
+        return self
 
 
 class WarmupConfig(FitConfig):
@@ -198,9 +207,11 @@ def fit(
     steps: int,
     lr_scale: float = 1.0,
     label: str = "train",
+    extra: Sequence[str] = (),
 ) -> Fitted:
     """Train `draft` in place on the first `steps` batches; depth: S, `Draft.loss_depth`.
 
+    extra: the terms that `loss` takes after the mask (`pipeline.loss.extra_terms`).
     `DraftError` names the step and the sequences of a batch whose loss is not finite or explodes.
     """
     optimizer = AdamW(
@@ -219,7 +230,9 @@ def fit(
             warmup=config.lr_warmup_steps,
             final=config.lr_final,
         )
-        value, seen = _step(draft, batch, optimizer, loss=loss, depth=depth, config=config, lr=lr)
+        value, seen = _step(
+            draft, batch, optimizer, loss=loss, depth=depth, config=config, lr=lr, extra=extra
+        )
         if not math.isfinite(value) or value > EXPLODED:
             raise _exploded(label, step, value, batch)
         window.add(value, *seen)
@@ -241,19 +254,23 @@ def fit(
     return fitted
 
 
-def depth_terms(draft: Draft, batch: Batch, depth: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(kl_SN, alpha_SN, mask_SN) of all depths; anchors that a depth lacks are masked."""
+def depth_terms(
+    draft: Draft, batch: Batch, depth: int, extra: Sequence[str] = ()
+) -> tuple[Tensor, ...]:
+    """(kl_SN, alpha_SN, mask_SN, *extra_SN) of all depths, a column an anchor of depth 0.
+
+    Anchors that a depth lacks are masked. Backward overwrites the logits, which nobody else holds.
+    """
     assert batch.law is not None, "training reads the law"
-    kls, alphas = [], []
+    rows: list[tuple[Tensor, ...]] = []
+    anchors = []
     for k, logits_NV in enumerate(draft.training_logits(batch, depth)):
-        law = batch.law.take(batch.pairs(k).row)
-        kl_N, alpha_N = terms(logits_NV, law, d2t=draft.d2t)
-        kls.append(kl_N)
-        alphas.append(alpha_N)
-    counts = torch.tensor([len(kl_N) for kl_N in kls], device=kls[0].device)
-    widest = torch.arange(int(counts.max()), device=counts.device)
-    mask_SN = widest < counts[:, None]
-    return pad_sequence(kls, batch_first=True), pad_sequence(alphas, batch_first=True), mask_SN
+        pairs = batch.pairs(k)
+        law = batch.law.take(pairs.row)
+        rows.append(terms(logits_NV, law, d2t=draft.d2t, extra=extra, in_place=True))
+        anchors.append(pairs.anchor)
+    (kl_SN, mask_SN), (alpha_SN, _), *more = (align(x, anchors) for x in zip(*rows, strict=True))
+    return kl_SN, alpha_SN, mask_SN, *(x_SN for x_SN, _ in more)
 
 
 @torch.no_grad()
@@ -263,7 +280,8 @@ def evaluate(draft: Draft, batches: Sequence[Batch], depth: int) -> dict[str, fl
     draft.eval()
     means = Means()
     for batch in batches:
-        means.add(0.0, *depth_terms(draft, batch, depth))
+        kl_SN, alpha_SN, mask_SN = depth_terms(draft, batch, depth)
+        means.add(0.0, kl_SN, alpha_SN, mask_SN)
     draft.train(training)
     row = means.row()
     return {"heldout_kl": row["kl"], "heldout_alpha": row["alpha"]}
@@ -278,11 +296,18 @@ def _step(
     depth: int,
     config: FitConfig,
     lr: float,
+    extra: Sequence[str],
 ) -> tuple[float, tuple[Tensor, Tensor, Tensor]]:
     """One update; the loss, and the detached terms. A loss that is not finite updates nothing."""
     optimizer.zero_grad()
-    kl_SN, alpha_SN, mask_SN = depth_terms(draft, batch, depth)
-    total = reduce(loss(kl_SN, alpha_SN, mask_SN), mask_SN, depth_decay=config.depth_decay)
+    kl_SN, alpha_SN, mask_SN, *more = depth_terms(draft, batch, depth, extra)
+    total = reduce(
+        loss(kl_SN, alpha_SN, mask_SN, *more),
+        mask_SN,
+        depth_decay=config.depth_decay,
+        depth_weights=config.depth_weights,
+        alpha_SN=alpha_SN,
+    )
     value = total.item()
     if math.isfinite(value) and value <= EXPLODED and total.requires_grad:
         total.backward()
@@ -333,6 +358,7 @@ def fit_from_cache(
     stage: str,
     cell: str,
     device: str = "cpu",
+    extra: Sequence[str] = (),
 ) -> Fitted:
     """`fit` on the training cache in the order of `seed` and `stage`; `draft` stays on `device`."""
     steps = round(config.steps * inputs.section.steps_scale)
@@ -363,6 +389,7 @@ def fit_from_cache(
         steps=steps,
         lr_scale=inputs.section.lr_scale,
         label=f"{stage} {cell}",
+        extra=extra,
     )
     fitted.seconds = time.perf_counter() - began
     return fitted

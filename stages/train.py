@@ -13,7 +13,7 @@ import torch
 from pipeline.checkpoint import load_draft, save_draft
 from pipeline.cluster import ClusterConfig, device
 from pipeline.config import load
-from pipeline.loss import find
+from pipeline.loss import extra_terms, find, require_law
 from pipeline.matrix import Arm, cell
 from pipeline.provenance import run
 from pipeline.train import FitConfig, fit_from_cache, open_inputs, write_curve
@@ -29,6 +29,7 @@ def main() -> None:
     where = device(load("cluster", ClusterConfig))
     torch.set_num_threads(config.threads)
     inputs = open_inputs(arm.draft, arm.kind, cache=Path("cache"), target=Path("target"))
+    require_law(arm.objective, objective, inputs.train.layout.mode)
     section, begin = inputs.section.model_dump(), Path("warmup", arm.start, "model")
     draft = load_draft(begin, inputs.interface, inputs.shape, expect=inputs.source, config=section)
     out, timing = Path("drafts", arm.start, arm.objective), Path("timings", f"train-{key}.json")
@@ -46,6 +47,7 @@ def main() -> None:
             stage="train",
             cell=key,
             device=where,
+            extra=extra_terms(objective),
         )
         meta = {"draft": arm.draft, "objective": arm.objective, "loss": arm.loss, "seed": arm.seed}
         save_draft(

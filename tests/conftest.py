@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads cost 5x here
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton: its kernels run on a CPU here
 
 from collections.abc import Callable
 from typing import Any

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.config import parse
 from pipeline.law import DenseLaw
-from pipeline.loss import find, kinds, reduce
+from pipeline.loss import extra_terms, find, kinds, reduce
 from pipeline.terms import terms
 from storage.errors import ConfigError
 
@@ -26,17 +26,18 @@ def laws(seed: int = 0, *, scale: float = 1.5) -> Tensor:
     return scale * torch.randn(S, N, V, generator=g, dtype=torch.float64)
 
 
-def terms_of(z_SNV: Tensor, target_SNV: Tensor) -> tuple[Tensor, Tensor]:
-    """kl_SN and alpha_SN against the law softmax(target)."""
+def terms_of(z_SNV: Tensor, target_SNV: Tensor, extra: tuple[str, ...] = ()) -> tuple[Tensor, ...]:
+    """kl_SN, alpha_SN and more against the law softmax(target)."""
     law = DenseLaw(target_SNV.flatten(0, 1).log_softmax(-1))
-    kl, alpha = terms(z_SNV.flatten(0, 1), law)
-    return kl.view(S, N), alpha.view(S, N)
+    return tuple(x.view(S, N) for x in terms(z_SNV.flatten(0, 1), law, extra=extra))
 
 
-def total(module: Any, config: Any, z_SNV: Tensor, target_SNV: Tensor) -> Tensor:
+def total(
+    module: Any, config: Any, z_SNV: Tensor, target_SNV: Tensor, mask_SN: Tensor = MASK_SN
+) -> Tensor:
     """The scalar that training descends."""
-    kl, alpha = terms_of(z_SNV, target_SNV)
-    return reduce(module.loss(kl, alpha, MASK_SN, config), MASK_SN, depth_decay=0.8)
+    kl, alpha, *more = terms_of(z_SNV, target_SNV, extra_terms(config))
+    return reduce(module.loss(kl, alpha, mask_SN, *more, config), mask_SN, depth_decay=0.8)
 
 
 class LossContract:
@@ -104,13 +105,15 @@ class LossContract:
         assert torch.isfinite(loss)
         assert torch.isfinite(gradient).all()
         zero = torch.zeros(S, N, dtype=torch.float64, requires_grad=True)
-        out = reduce(module.loss(zero, zero, MASK_SN, config), MASK_SN, depth_decay=0.8)
+        more = [zero] * len(extra_terms(config))
+        out = reduce(module.loss(zero, zero, MASK_SN, *more, config), MASK_SN, depth_decay=0.8)
         (pull,) = torch.autograd.grad(out, zero, allow_unused=True)
         assert torch.isfinite(out)
         assert pull is None or torch.isfinite(pull).all()
 
-    def test_an_empty_mask_gives_zero(self, module: Any, config: Any) -> None:
-        kl, alpha = terms_of(laws(1), laws())
-        nothing = torch.zeros_like(MASK_SN)
-        out = reduce(module.loss(kl, alpha, nothing, config), nothing, depth_decay=0.8)
+    def test_an_empty_mask_gives_zero_and_pulls_nowhere(self, module: Any, config: Any) -> None:
+        z = laws(1).requires_grad_()
+        out = total(module, config, z, laws(), torch.zeros_like(MASK_SN))
+        (gradient,) = torch.autograd.grad(out, z)
         assert out.item() == 0
+        assert not gradient.any()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline.law import DenseLaw, SparseLaw
-from pipeline.terms import terms
+from pipeline.terms import EXTRA, terms
 
 V = 12
 
@@ -315,3 +315,154 @@ def test_forward_and_backward_build_no_dense_target() -> None:
     (kl + alpha).sum().backward()
     assert sorted(saved)[-1] == z.numel()
     assert sum(saved) - z.numel() < 0.01 * z.numel()
+
+
+def shared(p: Tensor, q: Tensor) -> Tensor:
+    """2 log 2 − 2 JSD, id by id, MATHS (40)."""
+    middle = (p + q) / 2
+    return p * (2 * middle / p).log() + q * (2 * middle / q).log()
+
+
+def jsd_reference(z_NV: Tensor, law: SparseLaw | DenseLaw, d2t: Tensor | None) -> Tensor:
+    """log 2 − ½ Σ over the law of p log(1 + q/p) + q log(1 + p/q), one id at a time."""
+    out = []
+    for n, z in enumerate(z_NV.double()):
+        columns = range(len(z)) if d2t is None else d2t.tolist()
+        q_of = dict(zip(columns, z.softmax(-1), strict=True))
+        if isinstance(law, DenseLaw):
+            p = law.logp[n].double().exp()
+            out.append(sum(shared(p[v], q) for v, q in q_of.items()))
+            continue
+        own = range(int(law.entry_start[n]), int(law.entry_start[n + 1]))
+        ids, total = [int(law.ids[e]) for e in own], 0 * z.sum()
+        for e, v in zip(own, ids, strict=True):
+            if v in q_of:
+                total = total + law.weight[e].double() * shared(law.p[e].double(), q_of[v])
+        if law.bucket[n] > 0:
+            rest = 1 - sum((q_of[v] for v in set(ids) & set(q_of)), torch.zeros(()))
+            total = total + shared(law.bucket[n].double(), rest)
+        out.append(total)
+    return torch.log(torch.tensor(2.0, dtype=torch.float64)) - torch.stack(out) / 2
+
+
+@pytest.mark.parametrize(("law", "d2t"), CASES)
+def test_jsd_is_that_of_the_definition_beside_unchanged_terms(
+    law: SparseLaw | DenseLaw, d2t: Tensor | None
+) -> None:
+    z = logits(width=V if d2t is None else len(d2t)).requires_grad_()
+    kl, alpha, jsd = terms(z, law, d2t=d2t, extra=("jsd",))
+    for a, b in zip(terms(z, law, d2t=d2t), (kl, alpha), strict=True):
+        assert torch.equal(a, b)
+    exact = jsd_reference(z, law, d2t)
+    torch.testing.assert_close(jsd, exact, rtol=1e-7, atol=1e-9)
+    mix = torch.linspace(0.5, 2, len(jsd), dtype=jsd.dtype)
+    (of_jsd,), (pull,) = (torch.autograd.grad(x, z, mix, retain_graph=True) for x in (jsd, exact))
+    torch.testing.assert_close(of_jsd, pull, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("law", "d2t"), CASES)
+def test_gradcheck_holds_for_all_terms_together(
+    law: SparseLaw | DenseLaw, d2t: Tensor | None
+) -> None:
+    z = logits(width=V if d2t is None else len(d2t)).requires_grad_()
+    extra = EXTRA if isinstance(law, DenseLaw) else ("jsd",)
+    assert torch.autograd.gradcheck(lambda x: terms(x, law, d2t=d2t, extra=extra), (z,))
+
+
+def test_reverse_kl_renormalises_p_on_a_pruned_vocabulary() -> None:
+    z, law = logits(width=len(D2T)), dense_law()
+    logq, logp = z.log_softmax(-1), law.logp.double()[:, D2T].log_softmax(-1)
+    _, _, reverse = terms(z, law, d2t=D2T, extra=("reverse_kl",))
+    torch.testing.assert_close(reverse, (logq.exp() * (logq - logp)).sum(-1))
+    with pytest.raises(AssertionError, match="finite variance"):
+        terms(z, sparse_law(), d2t=D2T, extra=("reverse_kl",))
+
+
+def test_rows_outside_the_draft_vocabulary_have_the_largest_jsd_and_no_pull() -> None:
+    p = torch.zeros(2, V)
+    p[:, 1] = 1  # not in D2T
+    for law in (all_entries(p), DenseLaw(p.log())):
+        z = logits(2, len(D2T)).requires_grad_()
+        extra = EXTRA if isinstance(law, DenseLaw) else ("jsd",)
+        _, _, jsd, *reverse = terms(z, law, d2t=D2T, extra=extra)
+        (gradient,) = torch.autograd.grad(jsd.sum() + sum(x.sum() for x in reverse), z)
+        assert jsd.tolist() == pytest.approx([np.log(2)] * 2)
+        assert all(x.tolist() == [0, 0] for x in reverse)
+        assert not gradient.any()
+
+
+def test_the_estimate_of_jsd_is_unbiased_over_tail_samples() -> None:
+    rng = np.random.default_rng(1)
+    p = np.sort(rng.dirichlet(np.ones(V)))[::-1].copy()
+    mass, draws = p[3:].sum(), 4000
+    samples = rng.choice(np.arange(3, V), (draws, 2), p=p[3:] / mass)
+    ids = np.concatenate([np.tile(np.arange(3), (draws, 1)), samples], 1)
+    weight = np.where(np.arange(5) < 3, 1.0, mass / (2 * p[ids]))
+    law = SparseLaw(
+        torch.arange(draws + 1) * 5,
+        torch.tensor(ids.ravel()),
+        torch.tensor(p[ids].ravel()),
+        torch.tensor(weight.ravel()),
+        torch.zeros(draws),
+    )
+    z = logits(1)
+    found = terms(z.expand(draws, V), law, extra=("jsd",))[2]
+    exact = terms(z, DenseLaw(torch.tensor(p).log()[None]), extra=("jsd",))[2]
+    assert abs((found.mean() - exact).item()) < 4 * found.std().item() / draws**0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("law", "d2t"), CASES)
+def test_a_gradient_in_place_is_the_same_bits_in_the_logits_memory(
+    law: SparseLaw | DenseLaw, d2t: Tensor | None, dtype: torch.dtype
+) -> None:
+    z = logits(width=V if d2t is None else len(d2t)).to(dtype).requires_grad_()
+    (beside,) = torch.autograd.grad(sum(x.sum() for x in terms(z, law, d2t=d2t)), z)
+    made = z * 1
+    kl, alpha = terms(made, law, d2t=d2t, in_place=True)
+    (over,) = torch.autograd.grad((kl + alpha).sum(), made, retain_graph=True)
+    assert torch.equal(beside, over)
+    assert over.data_ptr() == made.data_ptr()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(kl.sum(), made)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+def test_a_logit_that_is_no_number_shows_in_its_own_row_alone(bad: float, kind: str) -> None:
+    law = sparse_law() if kind == "sparse" else dense_law()
+    z = logits().float()
+    clean = terms(z, law, extra=("jsd",))
+    z[4, 7] = bad
+    for a, b in zip(terms(z, law, extra=("jsd",)), clean, strict=True):
+        assert a[4].isnan()
+        keep = torch.arange(9) != 4
+        assert torch.equal(a[keep], b[keep])
+
+
+def test_a_logit_of_minus_infinity_is_a_probability_of_zero() -> None:
+    p = torch.tensor([[0.5, 0.5, 0.0, 0.0]])
+    z = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]])
+    for law in (all_entries(p[:, :2].contiguous()), DenseLaw(p.log())):
+        kl, alpha = terms(z, law)
+        assert kl.item() == np.inf
+        assert alpha.item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("gap", [60.0, 150.0, 600.0])
+def test_a_bucket_out_of_float32s_range_keeps_its_gradient(gap: float) -> None:
+    # ∂KL/∂z over the bucket's symbols sums to q_rest − b however small q_rest is
+    law = SparseLaw(
+        torch.tensor([0, 1]),
+        torch.tensor([0]),
+        torch.tensor([0.9]),
+        torch.ones(1),
+        torch.tensor([0.1]),
+    )
+    z = torch.zeros(1, 4)
+    z[0, 1:] = -gap
+    z.requires_grad_()
+    kl, _ = terms(z, law)
+    (gradient,) = torch.autograd.grad(kl.sum(), z)
+    torch.testing.assert_close(gradient[0, 1:].sum(), torch.tensor(-0.1), rtol=1e-4, atol=0)
+    torch.testing.assert_close(gradient[0, 0], torch.tensor(0.1), rtol=1e-4, atol=0)

@@ -37,6 +37,7 @@ CONFIG: dict[str, Any] = {
     "betas": [0.9, 0.95],
     "weight_decay": 0.01,
     "clip": 1.0,
+    "depth_weights": "decay",
     "depth_decay": 0.8,
     "heldout_sequences": 8,
     "log_every": 10,
@@ -260,3 +261,15 @@ def test_training_batches_come_in_the_same_order_for_every_loss(tmp_path: Path) 
         seen.append(tuple(ids))
     assert seen[0] == seen[1]
     assert len(seen[0]) == 24
+
+
+def test_a_loss_with_a_term_of_its_own_trains_and_kl_and_alpha_stay_in_the_curve() -> None:
+    model = draft()
+    before = evaluate(model, HELDOUT, 1)["heldout_alpha"]
+    config = FitConfig(**{**CONFIG, "depth_weights": "survival", "depth_decay": 1.0})
+    loss = loss_of("jsd")
+    fitted = fit(
+        model, DATA * 4, heldout=HELDOUT, loss=loss, config=config, depth=1, steps=40, extra=["jsd"]
+    )
+    assert fitted.metrics["heldout_alpha"] > before + 0.05
+    assert 0 < fitted.curve[-1]["loss"] < 0.7 < fitted.curve[0]["kl"]

@@ -111,7 +111,7 @@ def test_a_loss_that_does_not_exist_is_refused(
 ) -> None:
     arm = {**PARAMS["arms"]["lm-tv-0"], "loss": "nll"}
     project(warmed / "other", monkeypatch, params=edit(PARAMS, arms={"lm-tv-0": arm}))
-    with pytest.raises(ConfigError, match=r"loss 'nll'; expected one of kl, "):
+    with pytest.raises(ConfigError, match=r"loss 'nll'; expected one of e2e_tv, jsd, kl, "):
         stage(train, "lm-tv-0", monkeypatch)
 
 
@@ -124,3 +124,13 @@ def test_a_training_process_imports_nothing_slow() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_a_loss_of_whole_laws_is_refused_on_a_truncated_cache_before_training(
+    warmed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arm = {**PARAMS["arms"]["lm-tv-0"], "objective": "rkl", "loss": "reverse_kl"}
+    params = edit(PARAMS, arms={"lm-rkl-0": arm}, losses={"rkl": {"kind": "reverse_kl"}})
+    project(warmed / "other", monkeypatch, params=params)
+    with pytest.raises(ConfigError, match=r"objective rkl \(loss reverse_kl\) on a cache of mode"):
+        stage(train, "lm-rkl-0", monkeypatch)

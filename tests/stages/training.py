@@ -20,6 +20,7 @@ FIT = {
     "betas": [0.9, 0.95],
     "weight_decay": 0.01,
     "clip": 1.0,
+    "depth_weights": "decay",
     "depth_decay": 0.8,
     "heldout_sequences": 4,
     "log_every": 3,
