@@ -191,6 +191,7 @@ def _fetch(project: Path, revision: str, into: Path) -> None:
     into.mkdir(parents=True)
     try:
         system = DVCFileSystem(url=str(project.resolve()), rev=revision)
+        system.ls("/", detail=False)  # `exists` calls an unknown revision an absent file
         present = [name for name in FETCHED if system.exists(name)]
         for name in present:
             (into / name).parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 from typer import Option
 
-from lkcache.words import num_bytes
+from lkcache.words import duration, num_bytes
 from pipeline.config import read_params
 from pipeline.estimate import Line, reductions
 from pipeline.estimate import estimate as lines_of
@@ -48,7 +48,7 @@ def estimate(
     console = Console()
     console.print(table)
     need = next(line.value for line in lines if line.what == "cache")
-    free = next(line.value for line in lines if line.what == "free disk here")
+    free = min(line.value for line in lines if line.what.startswith("free disk"))
     if need > free:
         console.print(
             f"the disk will not hold the cache: {num_bytes(need)} needed, {num_bytes(free)} free. "
@@ -80,4 +80,6 @@ def _show(line: Line) -> str:
         return num_bytes(line.value)
     if line.unit == "tokens":
         return f"{line.value:,.0f}"
+    if line.unit == "h":
+        return duration(3600 * line.value)
     return f"{line.value:.3g} {line.unit}"

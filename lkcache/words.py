@@ -16,3 +16,11 @@ def age(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit} ago"
     return f"{max(0.0, seconds):.0f} seconds ago"
+
+
+def duration(seconds: float) -> str:
+    """Three significant digits in the largest unit that fits: `9.64 s`, `3.2 h`."""
+    for size, unit in ((3_600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
