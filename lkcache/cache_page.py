@@ -25,7 +25,7 @@ from storage.codecs import decode_p, from_bf16_bits
 from storage.layout import VERSION
 from storage.reader import Cache
 from storage.record import Record, supervised
-from storage.survey import BINS, Survey, Tally, survey
+from storage.survey import BINS, Survey, Tally, measures_of, survey
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -119,7 +119,11 @@ def _data(cache: Cache, word: Word, count: int) -> dict[str, Any]:
     wanted = {array.name for array in cache.layout.arrays()} & _SHOWN
     records = cache.records(chosen, arrays=wanted)
     limit = min(SEQUENCE_TOKENS, PAGE_TOKENS // max(1, len(chosen)))
-    shown = [_sequence(r, index, limit) for r, index in zip(records, chosen, strict=True)]
+    stored = bool(measures_of(cache.layout.mode))
+    shown = [
+        _sequence(record, index, limit, stored=stored)
+        for record, index in zip(records, chosen, strict=True)
+    ]
     ids: set[int] = set()
     for sequence in shown:
         ids.update(sequence["tokens"])
@@ -144,7 +148,7 @@ _SHOWN = {
 }
 
 
-def _sequence(record: Record, index: int, limit: int) -> dict[str, Any]:
+def _sequence(record: Record, index: int, limit: int, *, stored: bool) -> dict[str, Any]:
     """Tokens first ... first + limit of a sequence, and what is stored of the law of each."""
     rows = supervised(record.turn)
     length = len(rows)
@@ -152,7 +156,8 @@ def _sequence(record: Record, index: int, limit: int) -> dict[str, Any]:
     if length > limit and rows.any():
         first = max(0, min(int(rows.argmax()) - CONTEXT_TOKENS, length - limit))
     stop = min(length, first + limit)
-    laws = [_law(record, rows, t) if rows[t] else None for t in range(first, stop - 1)]
+    law = _law if stored else _no_law
+    laws = [law(record, rows, t) if rows[t] else None for t in range(first, stop - 1)]
     return {
         "index": index,
         "id": record.id,
@@ -193,6 +198,11 @@ def _law(record: Record, rows: NDArray[np.bool_], t: int) -> list[Any]:
     ]
 
 
+def _no_law(record: Record, _rows: NDArray[np.bool_], t: int) -> list[Any]:
+    """A mode that stores no law of its own knows log p of what was said."""
+    return [round(float(record.token_logp[t]), 4), None, 0, [], [], [], [], None]
+
+
 def _pairs(
     ids: NDArray[Any], p: NDArray[Any], said: int, rank: int, said_p: float
 ) -> tuple[list[int], list[float]]:
@@ -214,7 +224,7 @@ def _tokens_note(cache: Cache, count: int) -> str:
     )
     stored = (
         ""
-        if cache.layout.mode in ("topk", "full")
+        if measures_of(cache.layout.mode)
         else " This mode stores no law of its own: only log p of what was said can be shown."
     )
     return (
@@ -275,7 +285,9 @@ def _means(tally: Tally, found: Survey) -> list[str]:
 
 def _mean(measure: str, tally: Tally) -> str:
     value = tally.mean(measure)
-    return f"{value:.2e}".replace("-", "−") if measure == "tail" else f"{value:,.3g}"
+    if measure == "tail" and 0 < value < 1e-3:
+        return f"{value:.2e}".replace("-", "−")
+    return f"{value:,.3g}"
 
 
 def _charts(found: Survey) -> Iterator[str]:

@@ -44,7 +44,8 @@ def diff(
             expected="at least 1 (or --all)",
             todo="correct the number",
         )
-    found = diff_of(Cache.open(a), Cache.open(b), sequences=None if every else sequences)
+    with Console(stderr=True).status("comparing"):
+        found = diff_of(Cache.open(a), Cache.open(b), sequences=None if every else sequences)
     if as_json:
         print(json.dumps(_plain(found), indent=1, sort_keys=True, ensure_ascii=False))
     else:

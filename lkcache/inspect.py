@@ -88,7 +88,8 @@ def _write_page(cache: Cache, file: Path, sequences: int) -> None:
             expected="a file in a folder that exists",
             todo="name another file",
         )
-    text = build(cache, word=_vocabulary(cache.path / TOKENIZER), sequences=sequences)
+    with Console(stderr=True).status("reading"):
+        text = build(cache, word=_vocabulary(cache.path / TOKENIZER), sequences=sequences)
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(file)

@@ -286,5 +286,4 @@ def _sparse_tv(a: Record, b: Record) -> NDArray[np.float64]:
     )
     inside = np.bincount(owner_E, np.abs(p_a - p_b), minlength=num_tokens)
     rest = np.bincount(owner_E, p_a - p_b, minlength=num_tokens)
-    tv: NDArray[np.float64] = 0.5 * (inside + np.abs(rest))
-    return tv
+    return (0.5 * (inside + np.abs(rest))).astype(np.float64)

@@ -187,8 +187,7 @@ def _entropy(arrays: Mapping[str, NDArray[Any]]) -> Floats:
     r = np.exp(arrays["tail_logp_mass"].astype(np.float64))
     count = arrays["tail_kept"].astype(np.float64)
     sampled = r * drawn / np.maximum(count, 1)
-    entropy: Floats = inside + np.where(count > 0, sampled, _surprise(r))
-    return entropy
+    return (inside + np.where(count > 0, sampled, _surprise(r))).astype(np.float64)
 
 
 def _surprise(p: Floats) -> Floats:

@@ -51,7 +51,7 @@
     const [logp, kept, tail, ids, ps, sampleIds, samplePs, rank] = row;
     const list = ids.map((one, i) => [one, ps[i]]);
     const facts = element("dl", {}, fact("its p", chance(Math.exp(logp))), fact("log p, nats", logp.toFixed(3)));
-    facts.append(fact("its rank", rank ? rank.toLocaleString("en") : "in the tail"));
+    if (rank !== null) facts.append(fact("its rank", rank ? rank.toLocaleString("en") : "in the tail"));
     if (kept !== null) {
       facts.append(fact("kept ids", kept.toLocaleString("en")),
         fact("kept mass", (1 - tail).toFixed(4)), fact("tail mass", chance(tail)));

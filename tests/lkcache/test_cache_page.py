@@ -147,6 +147,17 @@ def test_full_logits_show_their_largest(tmp_path: Path) -> None:
     assert "Every logit is stored" in page
 
 
+def test_a_mode_without_a_law_shows_what_was_said(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("storage.survey", "lkcache.cache_page"):
+        monkeypatch.setattr(f"{module}.measures_of", lambda _: ())
+    page = build(cache, word=word)
+    rows = [row for s in data_of(page)["sequences"] for row in s["rows"] if row]
+    assert all(row[1:] == [None, 0, [], [], [], [], None] for row in rows)
+    assert "stores no law of its own" in page
+
+
 def test_sequences_are_spread_over_domains_and_within_them() -> None:
     domains = ["a"] * 80 + ["b"] * 15 + ["c"]
     assert choose(domains, 5) == [20, 60, 83, 91, 95]

@@ -12,17 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lkcache.clean import clean
 from lkcache.compare import compare
 from lkcache.diff import diff
 from lkcache.estimate import estimate
 from lkcache.main import VERBS
 from lkcache.words import age, duration, num_bytes
 from pipeline.estimate import MODES
-from storage.errors import ConfigError, MissingManifest, ResultError
+from storage.errors import ConfigError, MissingManifest, ResultError, WorkspaceError
 from storage.record import supervised
 from storage.workspace import read_json, write_json
 from tests.pipeline.synthetic import World, write_project
 from tests.storage.samples import TOPK, make_records, write_cache
+from tests.storage.test_scratch import leave
 
 ROOT = Path(__file__).parents[2]
 WORLD = World(
@@ -174,9 +176,10 @@ def test_results_without_their_project_are_compared_by_rollouts(
         (
             "cache-report/report.json",
             {
-                "source": dict.fromkeys(
-                    ("train", "heldout", "greedy"), {"sequences": "77" * 32, "capture": "dd" * 32}
-                )
+                "source": {
+                    split: {"sequences": "77" * 32, "capture": "dd" * 32}
+                    for split in ("train", "heldout", "greedy")
+                }
             },
             r"of cache cccccccccccc… and .*/c of cache dddddddddddd…; .*pass --across-caches",
         ),
@@ -255,6 +258,30 @@ def test_a_revision_is_taken_through_dvc(projects: tuple[Path, Path], tmp_path: 
     assert rows == {("lm", "kl"): "same", ("lm", "tv"): "longer", ("medusa", "kl"): "same"}
     assert "nonsense:. cannot be taken (" in done.stderr
     assert "HEAD:none cannot be taken (" in done.stderr
+
+
+def test_clean_lists_first_and_removes_when_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    with pytest.raises(WorkspaceError, match=r"no dvc.yaml in .*; expected the project's root"):
+        clean()
+    (tmp_path / "dvc.yaml").touch()
+    clean()
+    assert "no partial work under .scratch" in capsys.readouterr().out
+    stale, latest = leave(tmp_path, "a"), leave(tmp_path, "b")
+    capsys.readouterr()
+    clean()
+    said = capsys.readouterr().out
+    assert "a" * 16 in said
+    assert "--yes removes 1 folders, 3 B" in said
+    assert stale.exists()
+    clean(yes=True)
+    assert "removed 1 folders, 3 B" in capsys.readouterr().out
+    assert (stale.exists(), latest.exists()) == (False, True)
+    clean(yes=True, every=True)
+    assert not latest.exists()
 
 
 def test_estimate_shows_every_mode_and_what_would_save(

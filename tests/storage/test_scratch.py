@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from lkcache.clean import clean
-from storage.errors import WorkspaceError
 from storage.scratch import find_work, remove_work
 from storage.workspace import Workspace
 from tests.storage.test_workspace import HOLD
@@ -88,30 +86,6 @@ def test_work_on_another_root_is_found(tmp_path: Path, monkeypatch: pytest.Monke
     path = leave(project, "a")
     assert path.is_relative_to(elsewhere)
     assert states(project) == {("capture", "a"): "resumable"}
-
-
-def test_clean_lists_first_and_removes_when_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "160")
-    with pytest.raises(WorkspaceError, match=r"no dvc.yaml in .*; expected the project's root"):
-        clean()
-    (tmp_path / "dvc.yaml").touch()
-    clean()
-    assert "no partial work under .scratch" in capsys.readouterr().out
-    stale, latest = leave(tmp_path, "a"), leave(tmp_path, "b")
-    capsys.readouterr()
-    clean()
-    said = capsys.readouterr().out
-    assert "a" * 16 in said
-    assert "--yes removes 1 folders, 3 B" in said
-    assert stale.exists()
-    clean(yes=True)
-    assert "removed 1 folders, 3 B" in capsys.readouterr().out
-    assert (stale.exists(), latest.exists()) == (False, True)
-    clean(yes=True, every=True)
-    assert not latest.exists()
 
 
 def test_a_stage_that_finds_stale_work_names_the_command(
