@@ -31,7 +31,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 SEQUENCES = 20
 MAX_SEQUENCES = 200
-# a page of 24,000 tokens is about 5 MB, which a phone still opens at once
+# 24,000 tokens of the embedded target make a page of 2.8 MB; a phone opens several times that
 PAGE_TOKENS = 24_000
 SEQUENCE_TOKENS = 1_200
 CONTEXT_TOKENS = 48  # kept of a prompt that does not fit

@@ -44,11 +44,17 @@ def main() -> None:
     called = sys.argv[1] if len(sys.argv) > 1 else ""
     if called in VERBS:
         function = _load(called)
-        app.command(called, help=f"{VERBS[called]}\n\n{cleandoc(function.__doc__ or '')}")(function)
+        app.command(called, help=f"{VERBS[called]}\n\n{_paragraphs(function)}")(function)
     else:
         for verb, summary in VERBS.items():
             app.command(verb, help=summary)(_no_options)
     app(prog_name="lkcache")
+
+
+def _paragraphs(function: Callable[..., None]) -> str:
+    """A verb's docstring without its line ends: the terminal wraps it anew."""
+    text = cleandoc(function.__doc__ or "")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
 def _no_options() -> None:

@@ -1,5 +1,6 @@
 """`diff`, `compare`, `estimate` and others as a user meets them: output, exit codes, sentences."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 
 from lkcache.clean import clean
 from lkcache.compare import compare
 from lkcache.diff import diff
 from lkcache.estimate import estimate
-from lkcache.main import VERBS
+from lkcache.main import VERBS, _load
 from lkcache.words import age, duration, num_bytes
 from pipeline.estimate import MODES
 from storage.errors import ConfigError, MissingManifest, ResultError, WorkspaceError
@@ -40,7 +42,7 @@ for name in ("torch", "transformers", "dask", "distributed", "dvc"):
     sys.modules[name] = None
 from importlib import import_module
 from pathlib import Path
-from lkcache.main import VERBS
+from lkcache.main import VERBS, _load
 for verb in VERBS:
     getattr(import_module(f"lkcache.{verb}"), verb)
 from lkcache.inspect import inspect
@@ -314,6 +316,19 @@ def test_every_verb_has_a_summary_and_a_text() -> None:
         text = getattr(import_module(f"lkcache.{verb}"), verb).__doc__
         assert len(text) > 40, verb
         assert VERBS[verb].endswith(".")
+
+
+def test_what_the_system_refuses_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused() -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "page.html")
+
+    monkeypatch.setattr("lkcache.clean.clean", refused)
+    with pytest.raises(typer.Exit) as done:
+        _load("clean")()
+    assert done.value.exit_code == 2
+    assert "lkcache clean: page.html: permission denied; expected a file" in capsys.readouterr().err
 
 
 def test_sizes_and_times_are_written_short() -> None:

@@ -15,6 +15,7 @@ from lkcache.repair import repair
 from pipeline.cluster import ClusterConfig, device, open_cluster
 from stages import capture, generate
 from storage.errors import DataError, LkcacheError, TargetError
+from storage.manifest import digest_line
 from storage.reader import Cache
 from storage.record import supervised
 from storage.tables import SEQUENCES, read_table, write_table
@@ -295,11 +296,14 @@ def test_repair_refuses_what_capture_would_not_refill(
 
 def test_repair_refuses_caches_of_two_captures(here: Path) -> None:
     prepare_repair(here)
-    write_params(here, capture={"seed": 1})
-    shutil.copytree(here / "cache/train.zarr", here / "kept.zarr")
-    capture.main()
-    shutil.move(here / "kept.zarr", here / "cache/old.zarr")
+    old = here / "cache/old.zarr"
+    shutil.copytree(here / "cache/train.zarr", old)
+    manifest = json.loads((old / "manifest.json").read_text())
+    manifest["source"]["capture"] = "e" * 64
+    content = json.dumps(manifest).encode()
+    (old / "manifest.json").write_bytes(content)
+    (old / "manifest.sha256").write_bytes(digest_line(content))
     with pytest.raises(
-        LkcacheError, match=r"caches of different captures side by side: .*old.zarr"
+        LkcacheError, match=r"caches of different captures side by side: .*old.zarr of eeeeeeeeeeee"
     ):
         repair(here / "cache/train.zarr")
