@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from typer import Option
+from typer import Argument, Option
 
+from lkcache.cache_page import MAX_SEQUENCES, SEQUENCES, build
 from storage.codecs import decode_p, from_bf16_bits
-from storage.errors import DataError
+from storage.errors import ConfigError, DataError
 from storage.layout import VERSION
 from storage.reader import Cache
 from storage.record import Record, supervised
@@ -30,15 +31,33 @@ QUANTILES = (0.1, 0.5, 0.9, 0.99, 1.0)
 
 
 def inspect(
-    cache: Path,
+    cache: Annotated[Path, Argument(help="The cache's folder, such as cache/train.zarr.")],
+    file: Annotated[
+        Path | None, Argument(help="With --html: where to write the page; CACHE.html if left out.")
+    ] = None,
     sequence: Annotated[int, Option(help="Which sequence to show, from 0.")] = 0,
     tokens: Annotated[str, Option(help="Which of its positions, as A:B.")] = "",
+    html: Annotated[
+        bool, Option("--html", help="Write one self-contained page in place of all this.")
+    ] = False,
+    sequences: Annotated[
+        int, Option(help="Of the page: how many sequences it holds, spread over the domains.")
+    ] = SEQUENCES,
 ) -> None:
     """Show what CACHE is, holds and covers, and positions A:B of one sequence.
 
     Without --tokens, the first supervised positions of the sequence.
     """
+    if file is not None and not html:
+        raise ConfigError(
+            found=f"the file {file} without --html",
+            expected="a cache alone, or a file to write the page to",
+            todo=f"run lkcache inspect {cache} --html {file}",
+        )
     opened = Cache.open(cache)
+    if html:
+        _write_page(opened, file or Path(f"{cache.resolve().stem}.html"), sequences)
+        return
     if not 0 <= sequence < opened.num_sequences:
         raise DataError(
             found=f"sequence {sequence}",
@@ -53,6 +72,29 @@ def inspect(
     word = _vocabulary(cache / TOKENIZER)
     console.print(_text(record, sequence, word))
     console.print(_alternatives(record, span, word))
+
+
+def _write_page(cache: Cache, file: Path, sequences: int) -> None:
+    """Build the page and write it whole or not at all."""
+    if not 1 <= sequences <= MAX_SEQUENCES:
+        raise ConfigError(
+            found=f"--sequences {sequences}",
+            expected=f"1 to {MAX_SEQUENCES}, so that a browser opens the page at once",
+            todo="correct the number",
+        )
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise ConfigError(
+            found=f"{file} {'is a folder' if file.is_dir() else 'lies in no folder'}",
+            expected="a file in a folder that exists",
+            todo="name another file",
+        )
+    with Console(stderr=True).status("reading"):
+        text = build(cache, word=_vocabulary(cache.path / TOKENIZER), sequences=sequences)
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+    size = len(text.encode("utf-8"))
+    print(f"{file}: {min(sequences, cache.num_sequences)} sequences, {size / 1e6:.1f} MB, one file")
 
 
 def _span(tokens: str, record: Record) -> range:

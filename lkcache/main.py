@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
+from inspect import cleandoc
 from typing import Any
 
 import typer
@@ -18,10 +19,14 @@ from storage.errors import LkcacheError
 EXIT_MENDABLE = 2
 
 VERBS = {
+    "clean": "List partial work that killed stages left, and remove it.",
+    "compare": "Do B's drafts accept more than A's? Two projects, or git revisions.",
+    "diff": "What two caches differ in: identity, coverage, values.",
     "estimate": "Bytes, hours and free disk, before anything runs.",
     "init": "Lay out a project that dvc repro runs in.",
     "inspect": "Where a cache comes from, what it holds, and the text with its alternatives.",
     "matrix": "Write the cells of params.yaml from lists of drafts, seeds and losses.",
+    "repair": "Drop a cache's bad parts, so that capture computes only them again.",
     "use": "Write params.yaml from a preset and say what changed.",
     "verify": "Re-hash every file of a cache and check its structure.",
 }
@@ -37,9 +42,19 @@ def main() -> None:
     )
     app.callback()(_no_options)  # a group, even while a single verb is loaded
     called = sys.argv[1] if len(sys.argv) > 1 else ""
-    for verb in [called] if called in VERBS else VERBS:
-        app.command(verb, help=VERBS[verb])(_load(verb) if verb == called else _no_options)
+    if called in VERBS:
+        function = _load(called)
+        app.command(called, help=f"{VERBS[called]}\n\n{_paragraphs(function)}")(function)
+    else:
+        for verb, summary in VERBS.items():
+            app.command(verb, help=summary)(_no_options)
     app(prog_name="lkcache")
+
+
+def _paragraphs(function: Callable[..., None]) -> str:
+    """A verb's docstring without its line ends: the terminal wraps it anew."""
+    text = cleandoc(function.__doc__ or "")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
 def _no_options() -> None:
@@ -56,6 +71,14 @@ def _load(verb: str) -> Callable[..., None]:
             code = function(*args, **options)
         except LkcacheError as error:
             print(f"lkcache {verb}: {error}", file=sys.stderr)
+            raise typer.Exit(EXIT_MENDABLE) from None
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            print(
+                f"lkcache {verb}: {where}{(error.strerror or str(error)).lower()}; expected a file "
+                "or folder that can be used so; correct the path, its rights or the disk's room.",
+                file=sys.stderr,
+            )
             raise typer.Exit(EXIT_MENDABLE) from None
         raise typer.Exit(code or 0)
 

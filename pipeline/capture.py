@@ -24,10 +24,10 @@ from pipeline.teacher import Pass, Stats
 from pipeline.topk import Rule
 from storage.errors import DataError
 from storage.layout import VERSION, Layout
-from storage.manifest import PartEntry, read_manifest
+from storage.manifest import GROUP, PartEntry, read_manifest
 from storage.tables import SEQUENCES, read_table
 from storage.workspace import digest, read_json, write_json
-from storage.writer import done_part, plan_parts, seal, write_part
+from storage.writer import done_part, plan_parts, seal, stats_path, write_part
 
 MAX_KEPT = 2**16 - 1  # `kept` is a uint16
 MAX_SAMPLES = 2**8 - 1  # `tail_kept` is a uint8
@@ -169,14 +169,13 @@ def plan(
     part_tokens: int,
 ) -> list[Part]:
     """The parts of a cache; their boundaries depend on lengths and parameters alone."""
-    stats = cache.with_name(f"{cache.name}.stats")
     ranges = plan_parts([len(row["tokens"]) for row in rows], part_tokens=part_tokens)
     return [
         Part(
             sequences=sequences.absolute(),
             sequences_digest=sequences_digest,
             cache=cache.absolute(),
-            stats=(stats / f"{index:05d}.json").absolute(),
+            stats=stats_path(cache, index).absolute(),
             index=index,
             start=start,
             stop=stop,
@@ -270,8 +269,12 @@ def seal_cache(
     }
 
 
-def times(done: Mapping[str, Sequence[Done]], *, wall_s: float) -> dict[str, float]:
-    """Seconds on the wall, of all workers together, and of the target alone; tokens/s a worker."""
+def times(done: Mapping[str, Sequence[Done]], *, wall_s: float) -> dict[str, Any]:
+    """Seconds on the wall, of all workers together, and of the target alone; tokens/s a worker.
+
+    `parts` keeps what `lkcache repair` needs: each part's counts beside the digest of its log, so
+    that a sealed cache can go back to scratch and be refilled where it is damaged.
+    """
     stats = [part.stats for some in done.values() for part in some]
     worked_s = sum(part.seconds for part in stats)
     return {
@@ -279,4 +282,8 @@ def times(done: Mapping[str, Sequence[Done]], *, wall_s: float) -> dict[str, flo
         "worker_seconds": round(worked_s, 3),  # of earlier, interrupted runs too
         "target_seconds": round(sum(part.target_seconds for part in stats), 3),
         "tokens_per_s": round(sum(part.tokens for part in stats) / max(worked_s, 1e-9), 1),
+        "parts": {
+            split: [{"log": p.entry.files[GROUP].sha256, **asdict(p.stats)} for p in some]
+            for split, some in done.items()
+        },
     }

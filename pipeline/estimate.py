@@ -7,14 +7,14 @@ throughput that the caller passes.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from storage.errors import ConfigError, DataError
 from storage.tables import SEQUENCES, read_table
-from storage.workspace import read_json
+from storage.workspace import read_json, scratch_root
 
 # bytes of a kept entry on disk: 103 B at 39.7 entries a token, tail mass included (the reference
 # study of offline caches, p >= 5e-4 on web-like text, V = 128,256); ids are 80 % of it
@@ -27,8 +27,9 @@ SAMPLE_BYTES = 5.0
 SAMPLE_SHARE = 0.26
 # tokens, turn, token_logp, counts and tail mass after zstd
 FIXED_BYTES = 16.0
-# bf16 hidden states shrink to 0.73 under byte shuffle and zstd (same study)
-HIDDEN_RATIO = 0.73
+# bf16 hidden states shrink to 0.73 under byte shuffle and zstd in the same study, to 0.90 (layers)
+# and 0.97 (last hidden) on the embedded target; room is promised by the largest
+HIDDEN_RATIO = 0.97
 
 
 @dataclass(frozen=True)
@@ -93,23 +94,73 @@ def token_counts(params: Mapping[str, Any], root: Path) -> tuple[dict[str, int],
         return {split: count * longest for split, count in assumed.items()}, "assumed"
 
 
-def bytes_per_token(params: Mapping[str, Any], shape: TargetShape) -> dict[str, float]:
-    """Expected bytes a token by group of arrays, on disk, under the default codecs."""
+Sizes = dict[str, float]
+"""Bytes a token by group of arrays."""
+
+
+def _topk(capture: Mapping[str, Any], _shape: TargetShape) -> Sizes:
+    return {
+        "kept ids and probabilities": min(ENTRIES, capture["max_kept"]) * ENTRY_BYTES,
+        "tail samples": capture["tail_samples"] * SAMPLE_SHARE * SAMPLE_BYTES,
+    }
+
+
+def _full(_capture: Mapping[str, Any], shape: TargetShape) -> Sizes:
+    return {"full logits (bf16)": 2.0 * shape.vocab_size}
+
+
+# what a mode stores of the law; a new mode is a row here, and is estimated beside the others
+MODES: Mapping[str, Callable[[Mapping[str, Any], TargetShape], Sizes]] = {
+    "topk": _topk,
+    "full": _full,
+}
+
+
+def bytes_per_token(
+    params: Mapping[str, Any], shape: TargetShape, *, mode: str | None = None
+) -> Sizes:
+    """Expected bytes a token by group of arrays, on disk; of the configured mode or another."""
     capture = params["capture"]
-    width = 2 * shape.hidden_size * HIDDEN_RATIO
-    sizes = {"tokens, masks and tail mass": FIXED_BYTES}
-    if capture["mode"] == "full":
-        sizes["full logits (bf16)"] = 2.0 * shape.vocab_size
-    else:
-        sizes["kept ids and probabilities"] = ENTRIES * ENTRY_BYTES
-        sizes["tail samples"] = capture["tail_samples"] * SAMPLE_SHARE * SAMPLE_BYTES
-    if capture["hidden_layers"]:
-        sizes[f"{len(capture['hidden_layers'])} hidden layers"] = (
-            len(capture["hidden_layers"]) * width
+    mode = mode or capture["mode"]
+    if mode not in MODES:
+        raise ConfigError(
+            found=f"capture.mode {mode!r}",
+            expected=f"one of {', '.join(MODES)}",
+            todo="correct it in params.yaml",
         )
+    width = 2 * shape.hidden_size * HIDDEN_RATIO
+    sizes = {"tokens, masks and tail mass": FIXED_BYTES, **MODES[mode](capture, shape)}
+    if layers := len(capture["hidden_layers"]):
+        sizes[f"{layers} hidden layers"] = layers * width
     if capture["last_hidden"]:
         sizes["last hidden"] = width
     return sizes
+
+
+def reductions(params: Mapping[str, Any], *, root: Path = Path()) -> list[Line]:
+    """What would make the cache smaller, and by how much, most first."""
+    shape = target_shape(params)
+    counts, label = token_counts(params, root)
+    tokens = sum(counts.values())
+    capture = params["capture"]
+    sizes = bytes_per_token(params, shape)
+    total = sum(sizes.values())
+    found = []
+    for mode in MODES:
+        saved = total - sum(bytes_per_token(params, shape, mode=mode).values())
+        found.append((f"capture.mode: {mode}", saved))
+    width = 2 * shape.hidden_size * HIDDEN_RATIO
+    if capture["hidden_layers"]:
+        found.append(("each layer less in capture.hidden_layers", width))
+    if capture["last_hidden"]:
+        found.append(("capture.last_hidden: false", width))
+    if capture["mode"] == "topk":
+        half = sizes["kept ids and probabilities"] / 2
+        found.append(("a larger capture.min_prob that keeps half as many ids", half))
+        found.append(("capture.tail_samples: 0 (biases acceptance losses)", sizes["tail samples"]))
+    found.append(("half of the prompts", total / 2))
+    lines = [Line(what, saved * tokens, "B", label) for what, saved in found if saved > 0]
+    return sorted(lines, key=lambda line: -line.value)
 
 
 def estimate(params: Mapping[str, Any], *, tflops: float, root: Path = Path()) -> list[Line]:
@@ -126,9 +177,18 @@ def estimate(params: Mapping[str, Any], *, tflops: float, root: Path = Path()) -
     lines = [Line(f"tokens, {split}", n, "tokens", label) for split, n in counts.items()]
     lines += [Line(name, size, "B/token", "assumed") for name, size in sizes.items()]
     lines.append(Line("cache", total, "B", label))
+    for mode in MODES:
+        if mode != params["capture"]["mode"]:
+            other = sum(bytes_per_token(params, shape, mode=mode).values()) * tokens
+            lines.append(Line(f"cache in mode {mode}", other, "B", label))
     lines.append(Line("with DVC's own copy, if the disk cannot reflink", 2 * total, "B", label))
     free = shutil.disk_usage(root.resolve()).free
     lines.append(Line("free disk here", free, "B", "measured"))
+    if elsewhere := _scratch_elsewhere(root):
+        free = shutil.disk_usage(elsewhere).free
+        lines.append(
+            Line("free disk of LKCACHE_SCRATCH, which holds the work", free, "B", "measured")
+        )
     seconds = 2 * shape.num_parameters * tokens / (tflops * 1e12)
     lines.append(Line(f"forward pass at {tflops:g} TFLOP/s", seconds / 3600, "h", label))
     cache = root / "cache"
@@ -137,3 +197,10 @@ def estimate(params: Mapping[str, Any], *, tflops: float, root: Path = Path()) -
         lines.append(Line("cache on disk", real, "B", "measured"))
         lines.append(Line("cache on disk", real / max(tokens, 1), "B/token", "measured"))
     return lines
+
+
+def _scratch_elsewhere(root: Path) -> Path | None:
+    """A folder of the scratch root that exists, where it is on another filesystem than `root`."""
+    place = scratch_root(root).absolute()
+    here = next(p for p in (place, *place.parents) if p.exists())
+    return here if here.stat().st_dev != root.resolve().stat().st_dev else None

@@ -124,7 +124,7 @@ class Workspace:
         self.outs = list(outs)
         self._root = root
         self._state = root / SCRATCH
-        self._work = _scratch_root(root) / self.name / fingerprint[:16]
+        self._work = scratch_root(root) / self.name / fingerprint[:16]
         self._lock = FileLock(self._state / f"{self.name}.lock", timeout=0)
 
     def __enter__(self) -> "Workspace":
@@ -168,6 +168,10 @@ class Workspace:
             _holds(self._root / out, inventories[str(out)]) for out in self.outs
         )
 
+    def forget(self) -> None:
+        """Take the published outs for incomplete: the next run works, on what lies in scratch."""
+        self._stamp.unlink(missing_ok=True)
+
     def publish(self) -> None:
         """Sync every out and move it into place; on an error all stays as it was."""
         for out in self.outs:
@@ -203,13 +207,15 @@ class Workspace:
         try:
             self._lock.acquire()
         except Timeout:
-            pid = owner.read_text(encoding="utf-8").strip() if owner.exists() else "unknown"
+            told = owner.read_text(encoding="utf-8").split() if owner.exists() else []
+            pid = told[0] if told else "unknown"
             raise WorkspaceError(
                 found=f"another process (pid {pid}) is at work on {self.name}",
                 expected="one process at a time",
                 todo="wait for it, or end it if it outlived a killed dvc, and run again",
             ) from None
-        owner.write_text(f"{os.getpid()}\n", encoding="utf-8")
+        # the second line is for `lkcache clean`: the next run resumes what the latest one left
+        owner.write_text(f"{os.getpid()}\n{self.fingerprint[:16]}\n", encoding="utf-8")
 
     def _stage(self, out: Path, number: int) -> list[str]:
         """[out, where its new content lies on the out's filesystem, where the old one goes]."""
@@ -265,12 +271,12 @@ class Workspace:
         if stale:
             print(
                 f"{self.name}: {folder} keeps unfinished work of other parameters or inputs "
-                f"({', '.join(stale)}); it is not used and may be removed.",
+                f"({', '.join(stale)}); it is not used, and `lkcache clean` removes it.",
                 file=sys.stderr,
             )
 
 
-def _scratch_root(root: Path) -> Path:
+def scratch_root(root: Path) -> Path:
     """The folder of all stages' work; on a shared root each project has its own."""
     elsewhere = os.environ.get(SCRATCH_VARIABLE)
     if not elsewhere:

@@ -70,6 +70,11 @@ def part_name(index: int) -> str:
     return f"part-{index:05d}"
 
 
+def stats_path(folder: Path, index: int) -> Path:
+    """What capture knows of a part beside its arrays, as JSON next to the cache in scratch."""
+    return folder.with_name(f"{folder.name}.stats") / f"{index:05d}.json"
+
+
 def write_part(folder: Path, index: int, records: Sequence[Record], layout: Layout) -> PartEntry:
     """Write one part and commit it by rename; `CacheError` names a record that does not fit.
 

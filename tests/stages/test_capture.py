@@ -1,6 +1,8 @@
 """The stage capture on a tiny project; and generate and capture on two workers."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,11 @@ import numpy as np
 import pytest
 
 import pipeline.capture
+from lkcache.repair import repair
 from pipeline.cluster import ClusterConfig, device, open_cluster
 from stages import capture, generate
-from storage.errors import DataError, TargetError
+from storage.errors import DataError, LkcacheError, TargetError
+from storage.manifest import digest_line
 from storage.reader import Cache
 from storage.record import supervised
 from storage.tables import SEQUENCES, read_table, write_table
@@ -181,3 +185,125 @@ class _Lent:
 
     def __exit__(self, *_: object) -> None:
         pass
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """The parts that are written from here on."""
+    plain, written = pipeline.capture.write_part, []
+
+    def counts(folder: Path, index: int, *rest: Any) -> Any:
+        written.append((folder.name, index))
+        return plain(folder, index, *rest)
+
+    monkeypatch.setattr(pipeline.capture, "write_part", counts)
+    return written
+
+
+def prepare_repair(folder: Path) -> None:
+    """`repair` finds its project by these two files."""
+    (folder / "dvc.yaml").touch()
+
+
+def test_repair_refills_the_bad_part_alone(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare_repair(here)
+    before, cache = digests(here), Path("cache/train.zarr")
+    assert repair(cache) == 0
+    assert "nothing to repair" in capsys.readouterr().out
+    chunk = here / cache / "part-00001/topk_ids/c/0"
+    content = bytearray(chunk.read_bytes())
+    content[len(content) // 2] ^= 1
+    chunk.write_bytes(content)
+    damaged = tree_digest(here / cache)
+    assert repair(cache) == 1
+    said = capsys.readouterr().out
+    assert "train.zarr: part-00001: topk_ids/c/0 has sha256" in said
+    assert "capture would then compute 1 parts again" in " ".join(said.split())
+    assert tree_digest(here / cache) == damaged  # nothing done until told
+    assert repair(cache, yes=True) == 0
+    assert not (here / cache / "part-00001").exists()
+    # a stamp goes by the sizes of large files: it would call the cache complete
+    assert not (here / ".scratch/capture.stamp.json").exists()
+    written = counted(monkeypatch)
+    capture.main()
+    assert written == [("train.zarr", 1)]
+    assert digests(here) == before
+    assert not list(here.glob(".scratch/capture/*"))
+
+
+def test_repair_trusts_what_capture_recorded_where_the_manifest_is_lost(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_repair(here)
+    before, cache = digests(here), here / "cache/train.zarr"
+    (cache / "manifest.json").write_text("{}")
+    shutil.rmtree(cache / "part-00000")
+    # whole in itself, and of another cache
+    shutil.copytree(here / "cache/heldout.zarr/part-00000", cache / "part-00000")
+
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EXDEV, "another filesystem")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", no_links)
+        assert repair(cache, yes=True) == 0
+    written = counted(monkeypatch)
+    capture.main()
+    assert written == [("train.zarr", 0)]
+    assert digests(here) == before
+
+
+def test_repair_says_what_an_older_capture_did_not_record(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare_repair(here)
+    path = here / "timings/capture.json"
+    path.write_text(json.dumps({"seconds": 1.0}))
+    (here / "cache/train.zarr/tokenizer.json").write_text("{}")
+    assert repair(here / "cache/train.zarr") == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "train.zarr: tokenizer.json: has" in said
+    assert "timings/capture.json does not say what capture counted there" in said
+
+
+@pytest.mark.parametrize(
+    ("break_it", "sentence"),
+    [
+        (
+            lambda: write_params(Path(), capture={"seed": 1}),
+            r"captured with capture.seed 0; .*own, 1",
+        ),
+        (lambda: Path("target/target.json").unlink(), r"with target .*; .* which is missing"),
+        (lambda: shutil.rmtree("sequences"), r"with sequences .*; .* which is missing"),
+        (lambda: Path("dvc.yaml").unlink(), r"lies in no project \(no dvc.yaml and params.yaml"),
+        (
+            lambda: [p.unlink() for p in Path().glob("cache/*/manifest.json")],
+            r"no cache in .* has a sound manifest",
+        ),
+        (lambda: shutil.rmtree("cache"), r"no folder cache/train.zarr; expected a cache"),
+    ],
+    ids=["params", "target", "sequences", "project", "manifests", "cache"],
+)
+def test_repair_refuses_what_capture_would_not_refill(
+    here: Path, break_it: Any, sentence: str
+) -> None:
+    prepare_repair(here)
+    break_it()
+    with pytest.raises(LkcacheError, match=sentence):
+        repair(Path("cache/train.zarr"), yes=True)
+
+
+def test_repair_refuses_caches_of_two_captures(here: Path) -> None:
+    prepare_repair(here)
+    old = here / "cache/old.zarr"
+    shutil.copytree(here / "cache/train.zarr", old)
+    manifest = json.loads((old / "manifest.json").read_text())
+    manifest["source"]["capture"] = "e" * 64
+    content = json.dumps(manifest).encode()
+    (old / "manifest.json").write_bytes(content)
+    (old / "manifest.sha256").write_bytes(digest_line(content))
+    with pytest.raises(
+        LkcacheError, match=r"caches of different captures side by side: .*old.zarr of eeeeeeeeeeee"
+    ):
+        repair(here / "cache/train.zarr")
