@@ -3,9 +3,9 @@
 Knows no architecture, no batch and no target. The conventions are those of Llama in transformers
 (rotate-half RoPE, pre-norm, no bias), so that a weight means the same on both sides of an export.
 
-Dims: B rows, Q query tokens, W width of a cache, H heads, G key/value heads, C channels of a
-head, D model width, I inner width. Parameters are made empty or constant and drawn by `draw` from a generator: nothing
-here touches the global random state.
+Dims: B rows, Q query tokens, W width of a cache, H heads, G key/value heads, C channels of a head,
+D model width, I inner width. Parameters are made empty or constant and drawn by `draw` from a
+generator: nothing here touches the global random state.
 """
 
 from dataclasses import dataclass

@@ -94,6 +94,8 @@ class Draft(nn.Module, ABC):
     shifts: ClassVar[bool] = False
     """True where depth k at anchor j is depth 0 at anchor j + k (a standalone LM)."""
 
+    config: Any
+    """Its section of `params.yaml`, parsed."""
     d2t: Tensor | None
     """[Vd] int64 target id of each draft id, ascending; None where Vd = V. A buffer, so that it
     follows the draft into its checkpoint."""

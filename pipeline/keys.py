@@ -28,9 +28,22 @@ NEEDED = object()
 """Default of a flag that has none."""
 # keys of transformers' own that say nothing about the numbers; met in published folders
 HARMLESS = frozenset(
-    "_name_or_path architectures attention_dropout auto_map bos_token_id dtype eos_token_id "
-    "initializer_range pad_token_id pretraining_tp torch_dtype transformers_version use_cache "
-    "speculators_version".split()
+    {
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "auto_map",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "initializer_range",
+        "pad_token_id",
+        "pretraining_tp",
+        "speculators_version",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
 )
 
 
@@ -78,10 +91,15 @@ def unname(
     *,
     pieces: Pieces | None = None,
     place: Path,
+    prefix: str = "",
 ) -> dict[str, Tensor]:
     """Their tensors under our names, each of the shape in `like`; `DraftError` where one is not."""
-    same_shapes(place, tensors, rename(like, table, pieces=pieces))
-    return {name: torch.cat([tensors[key] for key in _theirs(name, table)]) for name in like}
+    expected = rename(like, table, pieces=pieces)
+    same_shapes(place, tensors, {f"{prefix}{key}": x for key, x in expected.items()})
+    return {
+        name: torch.cat([tensors[f"{prefix}{key}"] for key in _theirs(name, table)])
+        for name in like
+    }
 
 
 def same_shapes(

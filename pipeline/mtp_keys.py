@@ -57,9 +57,12 @@ def _swap(state: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
     return state
 
 
-def to_layout(state: Mapping[str, Tensor], layout: str, *, pieces: Pieces) -> dict[str, Tensor]:
-    """Our module's tensors under a layout's names, without its prefix."""
-    return _swap(rename(state, LAYOUTS[layout], pieces=pieces), layout)
+def to_layout(
+    state: Mapping[str, Tensor], layout: str, *, pieces: Pieces, prefix: str
+) -> dict[str, Tensor]:
+    """Our module's tensors under a layout's names."""
+    named = _swap(rename(state, LAYOUTS[layout], pieces=pieces), layout)
+    return {f"{prefix}{name}": tensor for name, tensor in named.items()}
 
 
 def from_layout(
@@ -69,6 +72,9 @@ def from_layout(
     *,
     pieces: Pieces,
     place: Path,
+    prefix: str = "",
 ) -> dict[str, Tensor]:
     """A layout's tensors under our names; `DraftError` names the first that does not fit."""
-    return _swap(unname(tensors, like, LAYOUTS[layout], pieces=pieces, place=place), layout)
+    table = LAYOUTS[layout]
+    found = unname(tensors, like, table, pieces=pieces, place=place, prefix=prefix)
+    return _swap(found, layout)

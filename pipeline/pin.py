@@ -295,9 +295,10 @@ def write_mtp(out: Path, home: Path, config: Any) -> None:
                 for layout, prefix in prefixes.items():
                     if name.startswith(prefix):
                         found[layout][name.removeprefix(prefix)] = stored.get_tensor(name)
-    layout = next((layout for layout, tensors in found.items() if tensors), None)
-    if layout is None:
+    layouts = [layout for layout, tensors in found.items() if tensors]
+    if not layouts:
         return
+    layout = layouts[0]
     rope = getattr(config, "rope_parameters", None) or {}
     settings = {
         "num_heads": config.num_attention_heads,

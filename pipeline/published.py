@@ -3,8 +3,8 @@
 Two layouts: that of the `speculators` package and vLLM (`transformer_layer_config`, `layers.0.*`),
 and the flat one of the original repository, SpecForge and SGLang (`midlayer.*` or `layers.0.*`).
 Shared by the exports, which write them, and by warm starts, which read what others wrote. `d2t` is
-an offset there and absolute here; layer ids are `hidden_states` indices here and in speculators, one
-less in the flat layout's `eagle_config` (draft_training.md §2.1, §2.2).
+an offset there and absolute here; layer ids are `hidden_states` indices here and in speculators,
+one less in the flat layout's `eagle_config` (draft_training.md §2.1, §2.2).
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,6 +18,7 @@ from torch import Tensor
 from pipeline.config import parse
 from pipeline.draft import Draft, find
 from pipeline.keys import Flag, KeyTable, Pieces, read_flags, read_tensors, same_shapes, unname
+from pipeline.target import TargetSpec
 from pipeline.vocab import from_offsets, kept, require_d2t, to_offsets
 from storage.errors import DraftError
 from storage.workspace import read_json
@@ -69,6 +70,7 @@ SPECULATORS_FLAGS: Mapping[str, Flag] = {
 EAGLE_FLAGS: Mapping[str, Flag] = {
     "architectures": Flag(list, only=(["LlamaForCausalLMEagle3"],)),
     **LAYER_FLAGS,
+    "rope_theta": Flag(NUMBER, default=None),
     "draft_vocab_size": Flag(int),
     "tie_word_embeddings": Flag(bool, only=(False,), default=False),
     "dtype": Flag(str, default=""),
@@ -131,14 +133,16 @@ def vocabulary_maps(d2t: Tensor | None, vocab_size: int) -> dict[str, Tensor]:
     return {"d2t": to_offsets(d2t), "t2d": kept(d2t, vocab_size)}
 
 
-def _draft_ids(tensors: dict[str, Tensor], size: int, vocab_size: int, place: Path) -> Any:
+def _draft_ids(
+    tensors: dict[str, Tensor], size: int, vocab_size: int, place: Path
+) -> Tensor | None:
     """Take `d2t` and `t2d` out of a folder's tensors and check them: our d2t, or None."""
     expected = {} if size == vocab_size else {"d2t": [size], "t2d": [vocab_size]}
-    maps = {name: tensors.pop(name) for name in ("d2t", "t2d") if name in tensors}
+    maps: dict[str, Tensor] = {k: tensors.pop(k) for k in ("d2t", "t2d") if k in tensors}
     same_shapes(place, maps, expected)
-    if not maps:
+    d2t = require_d2t(from_offsets(maps["d2t"]) if maps else None, size, vocab_size)
+    if d2t is None:
         return None
-    d2t = require_d2t(from_offsets(maps["d2t"]), size, vocab_size)
     if not torch.equal(kept(d2t, vocab_size), maps["t2d"].bool()):
         raise DraftError(
             found=f"{place}: t2d keeps other ids than d2t names",
@@ -193,14 +197,12 @@ def _build(
 
 def _modern(config: dict[str, Any]) -> dict[str, Any]:
     """RoPE as transformers 5 writes it, from the two keys of transformers 4."""
+    if "rope_parameters" in config:
+        return config
     config = dict(config)
     theta, scaling = config.pop("rope_theta", None), config.pop("rope_scaling", None)
-    rope = dict(config.get("rope_parameters") or {})
-    if theta is not None:
-        rope.setdefault("rope_theta", theta)
-    if scaling is not None:
-        rope.update(scaling)
-    return {**config, "rope_parameters": rope} if rope else config
+    rope = {} if theta is None else {"rope_theta": theta}
+    return {**config, "rope_parameters": {**rope, **(scaling or {})}}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -232,6 +234,13 @@ def read_flat(folder: Path, *, flags: Mapping[str, Flag], layer: str, complete: 
     """A folder of the flat layout; flags: `EAGLE_FLAGS` or `SGLANG_FLAGS`."""
     config = _modern(_read_config(folder))
     values = read_flags(config, flags, place=folder / CONFIG, complete=complete)
+    theta = values["rope_parameters.rope_theta"]
+    if values["rope_theta"] not in (None, theta):
+        raise DraftError(
+            found=f"{folder / CONFIG}: rope_theta is {values['rope_theta']}",
+            expected=f"{theta}, as rope_parameters says",
+            todo="correct the file",
+        )
     ids = values.get("eagle_config.eagle_aux_hidden_state_layer_ids")
     section = _section(values, "", values.get("num_aux_hidden_states", 3))
     sizes = values["vocab_size"], values["draft_vocab_size"], values["hidden_size"]
@@ -266,3 +275,28 @@ def read_eagle3(folder: Path) -> Published:
         folder, flags=flags, layer="midlayer" if middle else "layers.0", complete=False
     )
 
+
+def flat_config(draft: Any, spec: TargetSpec, dtype: str) -> dict[str, Any]:
+    """The flat layout's `config.json` of a draft."""
+    config, attention = draft.config, draft.attention
+    return {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "vocab_size": spec.vocab_size,
+        "draft_vocab_size": spec.vocab_size if draft.d2t is None else len(draft.d2t),
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": 1,
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.num_kv_heads,
+        "head_dim": attention.head_size,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,  # transformers 4 and engines that read it there
+        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
+        "hidden_act": "silu",
+        "max_position_embeddings": spec.context_tokens,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "dtype": dtype,
+    }

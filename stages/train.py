@@ -48,6 +48,7 @@ def main() -> None:
             device=where,
         )
         meta = {"draft": arm.draft, "objective": arm.objective, "loss": arm.loss, "seed": arm.seed}
+        meta |= inputs.reads
         save_draft(
             workspace.path(model),
             draft,

@@ -9,9 +9,9 @@ At anchor j and step k = 0 … S−1 (draft_training.md §3.1, arXiv:2503.01840)
 
 What a step attends to is `pipeline.unroll`'s: step-0 keys of indices ≤ j, its own steps at j.
 
-Options: `norm_before_fc` norms all of g before fc, `fc_norm` each captured layer of it; `train_head`
-trains a copy of the target's head, which else stays frozen, as the embedding always does. `depth` S
-is what training unrolls; replay and decoding may go deeper.
+Options: `norm_before_fc` norms all of g before fc, `fc_norm` each captured layer of it;
+`train_head` trains a copy of the target's head, which else stays frozen, as the embedding always
+does. `depth` S is what training unrolls; replay and decoding may go deeper.
 
 Dims as in `pipeline.draft`; n captured layers of width D in g.
 """

@@ -3,10 +3,10 @@
     s_{-1} = y_j (scale_input: y_j / (rms(y_j) √2)),  c_s = 0.5^{0.5/n},  c_e = √((1 − c_s²) I/2)
     s_k = GELU(LN_k(P_k s_{k-1} + (c_e/c_s) Emb_k(x_{j+1+k}))),   logits = Head_k s_k
 
-Stage k at anchor j drafts x_{j+2+k} (draft_training.md §3.3, arXiv:2404.19124): teacher forced in the
-tokens, recurrent in the state, no attention. LN divides by the root mean square and has a weight and
-a bias. `tie_weights` shares embedding, norm and head among the stages, and the projections of all
-stages but the first. Every table is the draft's own: it needs nothing of the target but y.
+Stage k at anchor j drafts x_{j+2+k} (draft_training.md §3.3, arXiv:2404.19124): teacher forced in
+the tokens, recurrent in the state, no attention. LN divides by the root mean square and has a
+weight and a bias. `tie_weights` shares embedding, norm and head among the stages, and the
+projections of all but the first. Every table is the draft's own: it needs of the target only y.
 
 Dims as in `pipeline.draft`; n heads, I inner width.
 """
@@ -56,7 +56,7 @@ class State:
 
 
 def unit_rms(x: Tensor) -> Tensor:
-    """x / rms(x) over the last dim, in float32 or wider."""
+    """X / rms(x) over the last dim, in float32 or wider."""
     wide = x if x.dtype == torch.float64 else x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)
     return (wide * scale).to(x.dtype)
@@ -92,7 +92,7 @@ class Model(Draft):
 
     @staticmethod
     def loss_depth(config: Config) -> int:
-        """n."""
+        """N."""
         return config.num_heads
 
     @classmethod

@@ -159,7 +159,7 @@ class Model(Unrolled):
         return require_last_hidden("mtp", last_hidden).to(self.project.weight.dtype)
 
     def _residual(self, token: Tensor, feature: Tensor) -> Tensor:
-        """u [..., D]."""
+        """U [..., D]."""
         e = self.token_norm(take_rows(self.embed, token))
         u: Tensor = self.project(torch.cat([e, self.hidden_norm(feature)], dim=-1))
         return u

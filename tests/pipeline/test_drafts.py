@@ -148,7 +148,7 @@ class TestEagle31(DraftContract):
 
 
 class TestEagle3SharedKeys(DraftContract):
-    """Key heads shared by query heads, heads that do not fill the width, a norm a captured layer."""
+    """Shared key heads, heads that do not fill the width, a norm a captured layer."""
 
     kind = "eagle3"
     params: ClassVar = {
@@ -271,7 +271,9 @@ class TestMTP(DraftContract):
         draft = find("mtp").Model.build(self.config(), SHAPE, interface(), 0)
         assert {n for n, p in draft.named_parameters() if not p.requires_grad} == {"embed", "head"}
 
-    def test_a_fresh_causal_pass_a_step_is_another_training_whose_first_depth_is_equal(self) -> None:
+    def test_a_causal_pass_a_step_trains_otherwise_beyond_depth_0(
+        self,
+    ) -> None:
         draft, data = self.make(), self.data()
         ours = by_anchor(draft, data, self.depths())
         draft.config = self.config(attention="per_step")
@@ -425,7 +427,7 @@ def test_every_kind_is_under_the_contract() -> None:
 
 
 def test_unknown_kind_lists_those_that_exist() -> None:
-    with pytest.raises(ConfigError, match=r"draft kind 'lstm'; expected one of eagle3, lm, medusa, mlp, mtp"):
+    with pytest.raises(ConfigError, match="'lstm'; expected one of eagle3, lm, medusa, mlp, mtp"):
         find("lstm")
 
 
