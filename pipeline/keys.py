@@ -164,7 +164,7 @@ def read_flags(
     for key, value in found.items():
         flag = flags.get(key)
         if flag is None:
-            if not complete and key.rsplit(".", maxsplit=1)[-1] in HARMLESS:
+            if not complete and not HARMLESS.isdisjoint(key.split(".")):
                 continue
             raise _wrong(place, key, "is unknown", "only flags whose meaning we know")
         if not isinstance(value, flag.kind) or isinstance(value, bool) != _is_bool(flag, value):

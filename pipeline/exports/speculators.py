@@ -173,7 +173,8 @@ def read(folder: Path, target: Interface | None) -> Draft:
     """The draft that the folder holds; an MTP module takes embedding and head of the target."""
     place = folder / "config.json"
     described = read_json(place)
-    if described.get("speculators_model_type") != "mtp" and "fc_norm" in described:
+    is_mtp = "num_nextn_predict_layers" in described
+    if not is_mtp and described.get("speculators_model_type") != "mtp":
         return read_speculators(folder, complete=True).draft
     flags = read_flags(described, MTP_FLAGS, place=place, complete=True)
     layer: dict[str, Any] = {

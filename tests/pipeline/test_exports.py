@@ -116,7 +116,11 @@ def make(section: dict[str, Any]) -> Draft:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Source:
-    home = tmp_path / "home"
+    return source_in(tmp_path / "home")
+
+
+def source_in(home: Path) -> Source:
+    """The target of the cases, eight layers deep."""
     home.mkdir()
     (home / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     spec = TargetSpec(
