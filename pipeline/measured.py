@@ -9,14 +9,21 @@ from pathlib import Path
 from pipeline.matrix import Arm
 from pipeline.results import DECODE, REPLAY, Key, read_results
 from pipeline.statistics import Panel, tau
+from storage.errors import ResultError
 
 # a card is read once: the report's own figures use its parameters
 CONFIDENCE, RESAMPLES, SEED = 0.95, 2000, 0
 
 
 def rows(results: Path, arm: Arm) -> list[str]:
-    """A Markdown table of τ by instrument, temperature and γ."""
-    found = read_results(results, [arm])
+    """A Markdown table of τ by instrument, temperature and γ, or the sentence why there is none.
+
+    An export does not fail for want of rollouts that replay could score.
+    """
+    try:
+        found = read_results(results, [arm])
+    except ResultError as error:
+        return [f"No τ of this arm: {error}"]
     keys = sorted(
         (key for key in found.rounds if key.instrument in (REPLAY, DECODE)),
         key=lambda key: (key.instrument, key.temperature, key.gamma),
