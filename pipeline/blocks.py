@@ -3,9 +3,9 @@
 Knows no architecture, no batch and no target. The conventions are those of Llama in transformers
 (rotate-half RoPE, pre-norm, no bias), so that a weight means the same on both sides of an export.
 
-Dims: B rows, Q query tokens, W width of a cache, H heads, C channels of a head, D model width,
-I inner width. Parameters are made empty or constant and drawn by `draw` from a generator: nothing
-here touches the global random state.
+Dims: B rows, Q query tokens, W width of a cache, H heads, G key/value heads, C channels of a head,
+D model width, I inner width. Parameters are made empty or constant and drawn by `draw` from a
+generator: nothing here touches the global random state.
 """
 
 from dataclasses import dataclass
@@ -85,11 +85,13 @@ def take_rows(x_ND: Tensor, index: Tensor) -> Tensor:
     return F.embedding(index, x_ND)
 
 
-def rope_table(position: Tensor, head_size: int, *, dtype: torch.dtype) -> RopeTable:
+def rope_table(
+    position: Tensor, head_size: int, *, dtype: torch.dtype, theta: float = ROPE_THETA
+) -> RopeTable:
     """RoPE's cos and sin [..., 1, C/2] at integer positions [...] (arXiv:2104.09864)."""
     # float32 whatever the model's dtype, as transformers does: an angle in bfloat16 is useless
     exponent = torch.arange(0, head_size, 2, device=position.device).float() / head_size
-    angle = position.float().unsqueeze(-1).unsqueeze(-1) * ROPE_THETA**-exponent
+    angle = position.float().unsqueeze(-1).unsqueeze(-1) * theta**-exponent
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
@@ -100,11 +102,18 @@ def rotate(x: Tensor, table: RopeTable) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def attend(q_BQHC: Tensor, k_BWHC: Tensor, v_BWHC: Tensor, mask: Tensor | None) -> Tensor:
+def _per_query_head(x_BWGC: Tensor, num_heads: int) -> Tensor:
+    """Each of G key or value heads once for every query head that it serves: [B, W, H, C]."""
+    shared = num_heads // x_BWGC.shape[2]
+    return x_BWGC if shared == 1 else x_BWGC.repeat_interleave(shared, dim=2)
+
+
+def attend(q_BQHC: Tensor, k_BWGC: Tensor, v_BWGC: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q kᵀ / √C) v -> [B, Q, H·C]; mask [B|1, 1, Q, W] bool, True where q may see k.
 
-    Without a mask it is causal, Q = W.
+    Without a mask it is causal, Q = W. G key heads serve H/G query heads each.
     """
+    k_BWHC, v_BWHC = (_per_query_head(x, q_BQHC.shape[2]) for x in (k_BWGC, v_BWGC))
     out = F.scaled_dot_product_attention(
         q_BQHC.transpose(1, 2),
         k_BWHC.transpose(1, 2),
@@ -122,15 +131,19 @@ def attend_diagonal(
     *,
     own: tuple[list[Tensor], list[Tensor]],
 ) -> Tensor:
-    """`attend` over keys and values [B, W, H, C] shared by all queries, and n of each query's own.
+    """`attend` over keys and values [B, W, G, C] shared by all queries, and n of each query's own.
 
-    `own` holds keys and values [B, Q, H, C]: query q sees the q-th of each, as if n more columns
+    `own` holds keys and values [B, Q, G, C]: query q sees the q-th of each, as if n more columns
     were added to its row of scores. [B, Q, H·C].
     """
+    heads = q_BQHC.shape[2]
     q = q_BQHC.transpose(1, 2) * q_BQHC.shape[-1] ** -0.5
-    k, v = (x.transpose(1, 2) for x in base)
+    k, v = (_per_query_head(x, heads).transpose(1, 2) for x in base)
     shared = (q @ k.transpose(-1, -2)).masked_fill(~mask, -torch.inf)
-    own_k, own_v = (torch.stack(x, dim=-2).transpose(1, 2) for x in own)  # [B, H, Q, n, C]
+    own_k, own_v = (  # [B, H, Q, n, C]
+        torch.stack([_per_query_head(x, heads) for x in part], dim=-2).transpose(1, 2)
+        for part in own
+    )
     diagonal = (own_k @ q.unsqueeze(-1)).squeeze(-1)
     weight = torch.cat([shared, diagonal], dim=-1).softmax(-1)
     to_shared, to_own = weight.split([k.shape[-2], own_k.shape[-2]], dim=-1)
@@ -188,32 +201,63 @@ def visible(position_BQ: Tensor, width: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with RoPE; q, k, v are one matrix [3D, in]."""
+    """Self-attention with RoPE; q, k, v are one matrix [(H + 2G)·C, in].
 
-    def __init__(self, size: int, num_heads: int, *, in_size: int | None = None) -> None:
+    G key/value heads serve H/G query heads each, all H by default (arXiv:2305.13245). `qk_norm_eps`
+    norms each head of q and of k before it is turned (Qwen3); without it nothing is normed.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        num_heads: int,
+        *,
+        in_size: int | None = None,
+        num_kv_heads: int | None = None,
+        head_size: int | None = None,
+        qkv_bias: bool = False,
+        qk_norm_eps: float | None = None,
+    ) -> None:
         super().__init__()
-        self.num_heads, self.head_size = num_heads, size // num_heads
-        self.qkv = Linear(in_size or size, 3 * size)
-        self.out = Linear(size, size)
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
+        self.head_size = head_size or size // num_heads
+        rows = (num_heads + 2 * self.num_kv_heads) * self.head_size
+        self.qkv = Linear(in_size or size, rows, bias=qkv_bias)
+        self.out = Linear(num_heads * self.head_size, size)
+        eps = qk_norm_eps
+        self.q_norm = None if eps is None else RMSNorm(self.head_size, eps=eps)
+        self.k_norm = None if eps is None else RMSNorm(self.head_size, eps=eps)
+
+    @property
+    def pieces(self) -> tuple[int, int, int]:
+        """Rows of q, k and v in `qkv`."""
+        shared = self.num_kv_heads * self.head_size
+        return self.num_heads * self.head_size, shared, shared
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_size))
 
+    def _turned(self, x: Tensor, norm: RMSNorm | None, table: RopeTable) -> Tensor:
+        return rotate(x if norm is None else norm(x), table)
+
+    def _rows(self, x: Tensor, part: slice) -> Tensor:
+        bias = None if self.qkv.bias is None else self.qkv.bias[part]
+        return self._heads(F.linear(x, self.qkv.weight[part], bias))
+
     def project(self, x_BQD: Tensor, table: RopeTable) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated q and k, and v: each [B, Q, H, C]."""
-        q, k, v = self._heads(self.qkv(x_BQD)).chunk(3, dim=-2)
-        return rotate(q, table), rotate(k, table), v
+        """Rotated q [B, Q, H, C] and k [B, Q, G, C], and v [B, Q, G, C]."""
+        counts = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
+        q, k, v = self._heads(self.qkv(x_BQD)).split(counts, dim=-2)
+        return self._turned(q, self.q_norm, table), self._turned(k, self.k_norm, table), v
 
     def queries(self, x_BQD: Tensor, table: RopeTable) -> Tensor:
         """Rotated q alone [B, Q, H, C], where a token asks but is not asked."""
-        rows = self.qkv.weight[: self.qkv.weight.shape[0] // 3]
-        return rotate(self._heads(F.linear(x_BQD, rows)), table)
+        return self._turned(self._rows(x_BQD, slice(None, self.pieces[0])), self.q_norm, table)
 
     def keys_values(self, x_BWD: Tensor, table: RopeTable) -> tuple[Tensor, Tensor]:
-        """Rotated k, and v, each [B, W, H, C], where a token is asked but does not ask."""
-        rows = self.qkv.weight[self.qkv.weight.shape[0] // 3 :]
-        k, v = self._heads(F.linear(x_BWD, rows)).chunk(2, dim=-2)
-        return rotate(k, table), v
+        """Rotated k, and v, each [B, W, G, C], where a token is asked but does not ask."""
+        k, v = self._rows(x_BWD, slice(self.pieces[0], None)).chunk(2, dim=-2)
+        return self._turned(k, self.k_norm, table), v
 
 
 class Layer(nn.Module):

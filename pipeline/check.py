@@ -22,6 +22,7 @@ from pipeline.matrix import Arm, Export, Start, check_matrix
 from pipeline.pin import TargetConfig
 from pipeline.prompts import JsonlSource, PrepareConfig
 from pipeline.train import FitConfig, WarmupConfig
+from pipeline.warm import check_start
 from storage.errors import ConfigError
 
 SECTIONS: dict[str, Any] = {
@@ -51,11 +52,13 @@ def check_params(params: Mapping[str, Any]) -> None:
     exports: dict[str, Export] = parse("exports", params["exports"], dict[str, Export])
     for start in starts.values():
         _check_needs(start.draft, found["drafts"][start.draft], sections["capture"])
+        if (weights := found["drafts"][start.draft].start) is not None:
+            check_start(weights)
     arms: dict[str, Arm] = parse("arms", params["arms"], dict[str, Arm])
     for arm in arms.values():
         loss.require_law(arm.objective, found["losses"][arm.objective], sections["capture"].mode)
     for cell in exports.values():
-        find_format(cell.kind, cell.format)
+        find_format(cell.kind, cell.format).require(found["drafts"][cell.draft])
     _check_target(sections)
     _check_report(sections, params)
     source = sections["prepare"].source

@@ -29,7 +29,7 @@ def save_draft(
     draft: Draft,
     *,
     config: Mapping[str, Any],
-    meta: Mapping[str, str | int],
+    meta: Mapping[str, Any],
     shape: Shape,
 ) -> None:
     """Write a draft's trainable tensors and its `config.json`.

@@ -22,7 +22,7 @@ BY_NAME = {
     "warmup": ("drafts", "losses"),
     "train": ("drafts", "losses"),
     "evaluate": ("drafts",),
-    "export": ("drafts",),
+    "export": ("drafts", "exports"),
 }
 
 

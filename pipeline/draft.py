@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.batch import Batch
@@ -25,6 +26,15 @@ from storage.errors import ConfigError, DraftError
 FOLDER = Path(__file__).parent / "drafts"
 
 
+class StartFrom(Strict):
+    """A checkpoint or published folder whose weights a draft begins with, pinned by its content."""
+
+    folder: Annotated[str, Field(min_length=1)]
+    """Of ours (`drafts/…/model`), or a published EAGLE-3 folder; relative to the project."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """Of the folder's content (`storage.workspace.tree_digest`): other weights, other draft."""
+
+
 class DraftConfig(Strict):
     """What every draft's section holds besides its own shape."""
 
@@ -33,6 +43,8 @@ class DraftConfig(Strict):
     """Factor on `warmup.lr` and `train.lr` for this draft, every loss alike."""
     steps_scale: float
     """Factor on `warmup.steps` and `train.steps` for this draft, every loss alike."""
+    start: StartFrom | None = None
+    """Where its weights begin; None draws them from the seed."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +94,8 @@ class Draft(nn.Module, ABC):
     shifts: ClassVar[bool] = False
     """True where depth k at anchor j is depth 0 at anchor j + k (a standalone LM)."""
 
+    config: Any
+    """Its section of `params.yaml`, parsed."""
     d2t: Tensor | None
     """[Vd] int64 target id of each draft id, ascending; None where Vd = V. A buffer, so that it
     follows the draft into its checkpoint."""
@@ -164,6 +178,27 @@ def require_interface(kind: str, shape: Shape, interface: Interface | None) -> I
                 todo="run dvc repro target, so that the interface is of the pinned target",
             )
     return interface
+
+
+def require_last_hidden(kind: str, last_hidden: Tensor | None) -> Tensor:
+    """The target's last hidden state; `DraftError` where the cache holds none."""
+    if last_hidden is None:
+        raise DraftError(
+            found=f"a cache without last_hidden for a draft of kind {kind}",
+            expected="the target's last hidden state of every token",
+            todo="set capture.last_hidden: true and run dvc repro capture",
+        )
+    return last_hidden
+
+
+def require_depth(kind: str, depth: int, num_heads: int) -> None:
+    """`DraftError` where a draft of one head a depth is asked for more than it has."""
+    if depth > num_heads:
+        raise DraftError(
+            found=f"depth {depth} for a {kind} draft of {num_heads} heads",
+            expected="no more depths than heads",
+            todo="lower it or set more drafts.*.num_heads and train again",
+        )
 
 
 def kinds() -> list[str]:

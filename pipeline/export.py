@@ -1,17 +1,19 @@
-"""A trained draft as the folder that an engine loads: key tables, config files, model card.
+"""A trained draft as the folder that an engine loads: what the formats share.
 
-A format of a kind is a writer and a check (`FORMATS`). The writer renames our tensors by a key
-table in which every tensor stands; the check opens the folder again with the engine's own loader
-and compares logits with ours at the exported dtype, because loaders fill what they miss at random
-and say nothing (draft_training.md §2). Safetensors only. Knows no stage, no cache and no file of a
-draft; bytes are a function of draft, target and parameters.
+A format is one file, `pipeline/exports/<name>.py`, found by name, so that a new one exports nothing
+else again. It says which kinds it takes (`KINDS`), refuses what its engine cannot serve
+(`require`), writes a folder (`write`), and opens it again (`read`) with a loader of ours that names
+a missing, extra or misnamed tensor or flag, because the engines' own fill what they miss at random
+and say nothing (draft_training.md §2). Every export is opened again before it is published, and
+must give the draft's logits bit for bit. Safetensors only. Knows no stage, no cache and no file of
+a draft; bytes are a function of draft, target, results and parameters.
 """
 
 import copy
-import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,35 +23,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.batch import Batch
-from pipeline.blocks import NORM_EPS, ROPE_THETA
 from pipeline.config import Strict
 from pipeline.draft import Draft
+from pipeline.interface import Interface
+from pipeline.keys import WEIGHTS
 from pipeline.seeds import generator
 from pipeline.target import TOKENIZER_FILES, TargetSpec
 from storage.errors import ConfigError, DraftError
-from storage.workspace import write_json
 
-# our tensor -> theirs; several names share it in equal pieces, in that order
-KeyTable = Mapping[str, tuple[str, ...]]
-LLAMA_KEYS: KeyTable = {
-    "embed": ("model.embed_tokens.weight",),
-    "norm.weight": ("model.norm.weight",),
-    "layers.{i}.input_norm.weight": ("model.layers.{i}.input_layernorm.weight",),
-    "layers.{i}.post_norm.weight": ("model.layers.{i}.post_attention_layernorm.weight",),
-    "layers.{i}.attention.qkv.weight": (
-        "model.layers.{i}.self_attn.q_proj.weight",
-        "model.layers.{i}.self_attn.k_proj.weight",
-        "model.layers.{i}.self_attn.v_proj.weight",
-    ),
-    "layers.{i}.attention.out.weight": ("model.layers.{i}.self_attn.o_proj.weight",),
-    "layers.{i}.mlp.gate_up.weight": (
-        "model.layers.{i}.mlp.gate_proj.weight",
-        "model.layers.{i}.mlp.up_proj.weight",
-    ),
-    "layers.{i}.mlp.down.weight": ("model.layers.{i}.mlp.down_proj.weight",),
-}
-# float32 on both sides, other kernels: 100 ulp of the largest logit
-MAX_LOGIT_ERROR = 1e-5
+FOLDER = Path(__file__).parent / "exports"
 PROBE_ROWS, PROBE_TOKENS = 4, 32
 
 
@@ -71,37 +53,65 @@ class Source:
     """The target's files, its tokenizer among them."""
     draft: Mapping[str, Any]
     """`config.json` of the checkpoint."""
+    interface: Interface | None = None
+    measured: Sequence[str] = ()
+    """Rows of the model card's table of results: what was measured of this arm."""
 
+    @property
+    def target(self) -> str:
+        """What a folder calls its target: a hub id or folder; `target` for the embedded one."""
+        return "target" if self.spec.model == "." else self.spec.model
 
-@dataclass(frozen=True)
-class Format:
-    """How a kind of draft is written for an engine, and how that is checked."""
-
-    write: Callable[[Path, Draft, Source, ExportConfig], None]
-    check: Callable[[Path, Draft, ExportConfig], None]
-
-
-def rename(state: Mapping[str, Tensor], table: KeyTable) -> dict[str, Tensor]:
-    """Our tensors under the engine's names; `DraftError` for one that the table does not hold."""
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        layer = re.search(r"\.(\d+)\.", name)
-        number = layer.group(1) if layer else ""
-        theirs = table.get(re.sub(r"\.\d+\.", ".{i}.", name, count=1))
-        if theirs is None:
+    @property
+    def layers(self) -> list[int]:
+        """Layers that the draft reads, `hidden_states` indices; `DraftError` where not recorded."""
+        layers = self.draft.get("hidden_layers")
+        if not layers:
             raise DraftError(
-                found=f"a tensor {name} in the draft",
-                expected="only those of the format's key table in pipeline/export.py",
-                todo="add it to the table",
+                found=f"the checkpoint of {self.arm} without the layers that it reads",
+                expected="hidden_layers in its config.json",
+                todo=f"run dvc repro train@{self.arm}, which writes them",
             )
-        pieces = tensor.chunk(len(theirs), dim=0)
-        for key, piece in zip(theirs, pieces, strict=True):
-            renamed[key.replace("{i}", number)] = piece.contiguous()
-    return renamed
+        return list(layers)
 
 
-def model_card(source: Source, config: ExportConfig) -> str:
-    """README.md: what the draft is, where it comes from and how it is used."""
+def special_tokens(spec: TargetSpec) -> dict[str, Any]:
+    """The target's: an engine compares them, and the default of Llama would be id 2."""
+    eos = spec.eos_ids[0] if len(spec.eos_ids) == 1 else list(spec.eos_ids) or None
+    return {"bos_token_id": spec.bos_id, "eos_token_id": eos, "pad_token_id": None}
+
+
+def ascending(layers: Sequence[int], engine: str) -> list[int]:
+    """Layers as engines take them, sorted; `DraftError` where the draft's have another order."""
+    if list(layers) != sorted(set(layers)):
+        raise DraftError(
+            found=f"a draft that fuses the layers {list(layers)}",
+            expected=f"ascending and distinct ones, as {engine} hands them to the draft",
+            todo="sort capture.hidden_layers, then capture and train again",
+        )
+    return list(layers)
+
+
+def save_tensors(folder: Path, tensors: Mapping[str, Tensor], dtype: str) -> None:
+    """Write `model.safetensors`; what is not floating point keeps its type."""
+    to = getattr(torch, dtype)
+    cast = {
+        name: (x.to(to) if x.is_floating_point() else x).detach().cpu().clone().contiguous()
+        for name, x in tensors.items()
+    }
+    save_file(cast, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def own_tensors(draft: Draft) -> dict[str, Tensor]:
+    """All parameters and buffers but `d2t`, whose form differs between formats."""
+    return {name: x for name, x in draft.state_dict().items() if name != "d2t"}
+
+
+def model_card(source: Source, config: ExportConfig, usage: str) -> str:
+    """README.md: what the draft is, how it is used, what was measured, where it comes from.
+
+    usage: a paragraph or code block of the format's own.
+    """
     spec, draft = source.spec, source.draft
     rows = {
         "target": f"{spec.model} ({spec.kind})" if spec.model != "." else spec.kind,
@@ -113,6 +123,7 @@ def model_card(source: Source, config: ExportConfig) -> str:
         "dtype": config.dtype,
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    measured = "\n".join(source.measured) or "Nothing was measured of this arm."
     return f"""---
 library_name: transformers
 tags: [speculative-decoding, draft-model]
@@ -120,11 +131,15 @@ tags: [speculative-decoding, draft-model]
 # {source.arm}
 
 A draft for speculative decoding, trained by lkcache from a cache of its target's laws. It is of
-use only with this target, whose tokenizer it carries.
+use only with this target.
 
-```python
-target.generate(**inputs, assistant_model=AutoModelForCausalLM.from_pretrained(folder))
-```
+{usage.strip()}
+
+## Measured
+
+{measured}
+
+## Provenance
 
 | provenance | |
 | --- | --- |
@@ -132,55 +147,13 @@ target.generate(**inputs, assistant_model=AutoModelForCausalLM.from_pretrained(f
 """
 
 
-def _transformers_config(source: Source, config: ExportConfig) -> dict[str, Any]:
-    section, spec = source.draft["config"], source.spec
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": spec.vocab_size,
-        "hidden_size": section["hidden_size"],
-        "intermediate_size": section["intermediate_size"],
-        "num_hidden_layers": section["num_layers"],
-        "num_attention_heads": section["num_heads"],
-        "num_key_value_heads": section["num_heads"],
-        "head_dim": section["hidden_size"] // section["num_heads"],
-        "hidden_act": "silu",
-        "rms_norm_eps": NORM_EPS,
-        "rope_theta": ROPE_THETA,  # transformers 4 and engines that read it there
-        "rope_parameters": {"rope_theta": ROPE_THETA, "rope_type": "default"},
-        "max_position_embeddings": spec.context_tokens,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": True,
-        "dtype": config.dtype,
-        **_special_tokens(spec),
-    }
+def write_card(folder: Path, source: Source, config: ExportConfig, usage: str) -> None:
+    """Put the model card into a folder."""
+    (folder / "README.md").write_text(model_card(source, config, usage), encoding="utf-8")
 
 
-def _special_tokens(spec: TargetSpec) -> dict[str, Any]:
-    """The target's: an engine compares them, and the default of Llama would be id 2."""
-    eos = spec.eos_ids[0] if len(spec.eos_ids) == 1 else list(spec.eos_ids) or None
-    return {"bos_token_id": spec.bos_id, "eos_token_id": eos, "pad_token_id": None}
-
-
-def write_transformers(folder: Path, draft: Draft, source: Source, config: ExportConfig) -> None:
-    """A `LlamaForCausalLM` folder that `generate(assistant_model=…)` accepts."""
-    dtype = getattr(torch, config.dtype)
-    state = {name: tensor.detach().to(dtype) for name, tensor in draft.trainable().items()}
-    save_file(rename(state, LLAMA_KEYS), folder / "model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "config.json", _transformers_config(source, config))
-    schedule = {
-        "num_assistant_tokens": config.num_assistant_tokens,
-        "num_assistant_tokens_schedule": "constant",
-        # transformers' default of 0.4 stops drafting early: γ would not be γ
-        "assistant_confidence_threshold": 0.0,
-    }
-    write_json(folder / "generation_config.json", {**schedule, **_special_tokens(source.spec)})
-    _copy_tokenizer(source.home, folder)
-    (folder / "README.md").write_text(model_card(source, config), encoding="utf-8")
-
-
-def _copy_tokenizer(home: Path, folder: Path) -> None:
+def copy_tokenizer(home: Path, folder: Path) -> None:
+    """The target's tokenizer, for a folder that is a model of its own."""
     names = [name for name in TOKENIZER_FILES if (home / name).is_file()]
     if not names:
         raise DraftError(
@@ -192,87 +165,100 @@ def _copy_tokenizer(home: Path, folder: Path) -> None:
         shutil.copyfile(home / name, folder / name)
 
 
-def check_transformers(folder: Path, draft: Draft, config: ExportConfig) -> None:
-    """Open the folder with transformers; `DraftError` for a tensor or a logit that is not ours."""
-    from transformers import AutoModelForCausalLM
-
-    opened, report = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-    )
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        # the head is the embedding: named missing or not, it is tied
-        wrong = sorted({str(key) for key in report[what]} - {"lm_head.weight"})
-        if wrong:
-            raise _broken(folder, f"{what.replace('_', ' ')}: {', '.join(wrong)}")
-    probe = _probe(opened.config.vocab_size)
+def rounded(draft: Draft, dtype: str, *, kept: Sequence[str] = ()) -> Draft:
+    """The draft with the values that the export's dtype keeps; kept: tensors it does not hold."""
+    to = getattr(torch, dtype)
+    copied = copy.deepcopy(draft).float()
     with torch.no_grad():
-        ours = next(iter(_rounded(draft, config).training_logits(probe, 1)))
-        theirs = opened(probe.tokens).logits.flatten(0, 1)[probe.pairs(0).anchor + 1]
-    error = float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1.0))
-    if not error <= MAX_LOGIT_ERROR:
-        raise _broken(folder, f"logits off by {error:.2g} of the largest")
+        for name, tensor in copied.state_dict().items():
+            if tensor.is_floating_point() and name not in kept:
+                tensor.copy_(tensor.to(to).to(tensor.dtype))
+    return copied
 
 
-def _broken(folder: Path, what: str) -> DraftError:
-    return DraftError(
-        found=f"{folder.name} opened again with {what}",
-        expected=f"the draft's own tensors and logits within {MAX_LOGIT_ERROR:g}",
-        todo="correct the format's key table or config in pipeline/export.py",
-    )
-
-
-def _rounded(draft: Draft, config: ExportConfig) -> Draft:
-    """The draft with the values that the export's dtype keeps."""
-    dtype = getattr(torch, config.dtype)
-    rounded = copy.deepcopy(draft).float()
-    with torch.no_grad():
-        for tensor in rounded.trainable().values():
-            tensor.copy_(tensor.to(dtype).to(tensor.dtype))
-    return rounded
-
-
-def _probe(vocab_size: int) -> Batch:
-    """A few rows of random tokens, supervised throughout."""
-    shape = (PROBE_ROWS, PROBE_TOKENS)
-    tokens = torch.randint(vocab_size, shape, generator=generator(0, "export", "probe"))
+def probe(draft: Draft, source: Source) -> Batch:
+    """A few rows of random tokens and features, supervised throughout."""
+    shape, stream = (PROBE_ROWS, PROBE_TOKENS), generator(0, "export", "probe")
+    needs = type(draft).needs(draft.config)
+    size = source.spec.hidden_size
     return Batch(
         ids=("",) * PROBE_ROWS,
         domains=("",) * PROBE_ROWS,
-        tokens=tokens,
+        tokens=torch.randint(source.spec.vocab_size, shape, generator=stream),
         length=torch.full((PROBE_ROWS,), PROBE_TOKENS),
         turn=torch.zeros(shape, dtype=torch.int64),
         token_logp=torch.zeros(shape),
         law_row=torch.zeros(shape, dtype=torch.int64),
         law=None,
-        hidden=None,
-        last_hidden=None,
+        hidden=torch.randn(*shape, needs.num_layers, size, generator=stream)
+        if needs.num_layers
+        else None,
+        last_hidden=torch.randn(*shape, size, generator=stream) if needs.last_hidden else None,
     )
 
 
-FORMATS: Mapping[str, Mapping[str, Format]] = {
-    "lm": {"transformers": Format(write_transformers, check_transformers)},
-}
+@torch.no_grad()
+def same_logits(
+    folder: Path,
+    draft: Draft,
+    opened: Draft,
+    *,
+    source: Source,
+    dtype: str,
+    kept: Sequence[str] = (),
+) -> None:
+    """`DraftError` unless the opened draft gives the written one's logits bit for bit."""
+    batch = probe(draft, source)
+    depth = type(draft).loss_depth(draft.config)
+    ours = rounded(draft, dtype, kept=kept).training_logits(batch, depth)
+    for k, (mine, theirs) in enumerate(
+        zip(ours, opened.float().training_logits(batch, depth), strict=True)
+    ):
+        if not torch.equal(mine, theirs):
+            off = float((mine - theirs).abs().max()) if mine.shape == theirs.shape else torch.inf
+            raise broken(
+                folder, f"logits of depth {k} off by {off:.2g}", "the draft's own, exactly"
+            )
+    if (draft.d2t is None) != (opened.d2t is None) or (
+        draft.d2t is not None and opened.d2t is not None and not torch.equal(draft.d2t, opened.d2t)
+    ):
+        raise broken(folder, "another draft vocabulary", "the draft's own")
 
 
-def find_format(kind: str, name: str) -> Format:
-    """A kind's format; `ConfigError` lists those that exist."""
-    formats = FORMATS.get(kind, {})
-    if name not in formats:
-        known = [f"{form} for {owner}" for owner, own in FORMATS.items() for form in own]
+def broken(folder: Path, found: str, expected: str) -> DraftError:
+    """A folder that is not the draft: a fault of the format's file, never of the user."""
+    return DraftError(
+        found=f"{folder.name} opened again with {found}",
+        expected=expected,
+        todo="correct the format in pipeline/exports",
+    )
+
+
+def formats() -> list[str]:
+    """The formats that exist: the files of `pipeline/exports/`."""
+    return sorted(p.stem for p in FOLDER.glob("*.py") if p.stem != "__init__")
+
+
+def find_format(kind: str, name: str) -> Any:
+    """The module of a format; `ConfigError` lists those that take the kind."""
+    modules = {known: import_module(f"pipeline.exports.{known}") for known in formats()}
+    taken = [known for known, module in modules.items() if kind in module.KINDS]
+    if name not in taken:
         raise ConfigError(
             found=f"export format {name!r} for a draft of kind {kind}",
-            expected=f"one of {', '.join(formats)}" if formats else " or ".join(known),
+            expected=f"one of {', '.join(taken)}" if taken else "a kind that some format takes",
             todo="correct `format` under exports in params.yaml",
         )
-    return formats[name]
+    return modules[name]
 
 
 def export_draft(
-    folder: Path, draft: Draft, *, form: Format, source: Source, config: ExportConfig
+    folder: Path, draft: Draft, *, form: Any, source: Source, config: ExportConfig
 ) -> None:
     """Write the folder anew, then open it again; `DraftError` where it is not the draft."""
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
+    form.require(draft.config)
     form.write(folder, draft, source, config)
-    form.check(folder, draft, config)
+    form.check(folder, draft, source, config)

@@ -20,6 +20,7 @@ from pipeline.embedded import EmbeddedConfig
 from pipeline.target import (
     INTERFACE,
     MODEL_FILES,
+    MTP,
     SPEC,
     TOKENIZER_FILES,
     DType,
@@ -41,6 +42,12 @@ PROBE_TOKENS = 8
 # the same sums in the same order on the same device; what remains is a fused kernel's freedom
 PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# where families keep their first multi-token-prediction module; {n}: the number of layers
+MTP_PREFIXES = {
+    "deepseek": "model.layers.{n}.",
+    "mimo": "model.mtp_layers.0.",
+    "qwen3_next": "mtp.",
+}
 
 
 class PretrainedConfig(Strict):
@@ -157,6 +164,7 @@ def pin(home: Path, out: Path, *, origin: Origin) -> TargetSpec:
     spec = describe(model, tokenizer, home, origin=origin)
     probe(Target(model=model, tokenizer=tokenizer, spec=spec))
     write_interface(out, model)
+    write_mtp(out, home, model.config.get_text_config())
     write_json(out / SPEC, spec.model_dump())
     return spec
 
@@ -268,6 +276,41 @@ def write_interface(out: Path, model: Any) -> None:
         # one key: safetensors writes several in the random order of a hash map
         metadata={"norm": json.dumps({"eps": eps, "offset": _norm_offset(norm, eps)})},
     )
+
+
+def write_mtp(out: Path, home: Path, config: Any) -> None:
+    """Copy the target's own MTP module, if it has one: transformers leaves its tensors unread.
+
+    Names are the files' own without their prefix, dtype and bits too; a draft of kind `mtp` that
+    starts from them compares its shape with the settings beside them.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    prefixes = {k: p.format(n=config.num_hidden_layers) for k, p in MTP_PREFIXES.items()}
+    found: dict[str, dict[str, Tensor]] = {layout: {} for layout in prefixes}
+    for path in sorted(home.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118  not a mapping
+                for layout, prefix in prefixes.items():
+                    if name.startswith(prefix):
+                        found[layout][name.removeprefix(prefix)] = stored.get_tensor(name)
+    layouts = [layout for layout, tensors in found.items() if tensors]
+    if not layouts:
+        return
+    layout = layouts[0]
+    rope = getattr(config, "rope_parameters", None) or {}
+    settings = {
+        "num_heads": config.num_attention_heads,
+        "num_kv_heads": getattr(config, "num_key_value_heads", None),
+        "head_size": getattr(config, "head_dim", None),
+        "intermediate_size": config.intermediate_size,
+        "rope_theta": rope.get("rope_theta"),
+        "rope_type": rope.get("rope_type", "default"),
+        "norm_eps": config.rms_norm_eps,
+    }
+    described = {"layout": layout, "prefix": prefixes[layout], "settings": settings}
+    save_file(found[layout], out / MTP, metadata={"mtp": json.dumps(described)})
 
 
 def _norm_offset(norm: Any, eps: float) -> float:

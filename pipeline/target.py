@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,12 +27,13 @@ from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from pipeline.config import Strict
-from pipeline.interface import Interface
+from pipeline.interface import Interface, Mtp
 from storage.errors import TargetError
 from storage.workspace import digest, file_digest, read_json
 
 SPEC = "target.json"
 INTERFACE = Path("interface") / "interface.safetensors"
+MTP = Path("interface") / "mtp.safetensors"
 # what changes a tokenizer's ids or the text that it makes of a conversation
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -268,7 +269,18 @@ def read_interface(folder: Path) -> Interface:
         lm_head=tensors["lm_head"],
         norm=tensors["norm"] + norm["offset"],
         norm_eps=norm["eps"],
+        mtp=partial(_read_mtp, folder / MTP) if (folder / MTP).is_file() else None,
     )
+
+
+def _read_mtp(path: Path) -> Mtp:
+    """The target's own MTP module as `pipeline.pin.write_mtp` copied it."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as stored:
+        described = json.loads(stored.metadata()["mtp"])
+        tensors = {name: stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118
+    return Mtp(**described, tensors=tensors)
 
 
 def load_target(folder: Path, *, device: str = "cpu") -> Target:

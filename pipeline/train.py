@@ -106,6 +106,12 @@ class Inputs:
         return self.model.needs(self.section)
 
     @property
+    def reads(self) -> dict[str, Any]:
+        """The captured layers that the draft reads, for its checkpoint: an export names them."""
+        layers = list(self.train.layout.hidden_layers)
+        return {"hidden_layers": layers} if self.needs.num_layers else {}
+
+    @property
     def depth(self) -> int:
         """S: depths of the loss."""
         return self.model.loss_depth(self.section)

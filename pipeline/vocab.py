@@ -2,7 +2,7 @@
 
 `d2t` [Vd] int64 holds the target id of each draft id, ascending: draft ids follow target ids.
 Inside the project these are absolute ids; the engines' offset form (`id − index`) is made at the
-edge, in `pipeline.export`. α and every metric stay on the full vocabulary: a pruned token has
+edge, in `pipeline.exports`. α and every metric stay on the full vocabulary: a pruned token has
 q = 0, a forced rejection.
 
 Dims: V target vocabulary, Vd draft vocabulary.
@@ -78,3 +78,18 @@ def expand(q_draft: Tensor, d2t: Tensor | None, vocab_size: int) -> Tensor:
 def coverage(counts_V: Tensor, d2t: Tensor) -> float:
     """Share of the supervised tokens that the draft vocabulary holds, 0 … 1."""
     return float(counts_V[d2t].sum() / counts_V.sum().clamp(min=1))
+
+
+def to_offsets(d2t: Tensor) -> Tensor:
+    """The engines' form of `d2t` [Vd] int64: what is added to a draft id to give a target id."""
+    return d2t - torch.arange(len(d2t), device=d2t.device)
+
+
+def from_offsets(offset: Tensor) -> Tensor:
+    """`d2t` from the engines' form."""
+    return offset.to(torch.int64) + torch.arange(len(offset), device=offset.device)
+
+
+def kept(d2t: Tensor, vocab_size: int) -> Tensor:
+    """The engines' `t2d` [V] bool: whether the draft vocabulary holds a target id."""
+    return target_to_draft(d2t, vocab_size) >= 0

@@ -2,17 +2,19 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from pipeline.checkpoint import load_draft, read_config
 from pipeline.config import load
 from pipeline.export import ExportConfig, Source, export_draft, find_format
 from pipeline.interface import Shape
-from pipeline.matrix import Export, cell
+from pipeline.matrix import Arm, Export, cell
+from pipeline.measured import rows
 from pipeline.provenance import run
 from pipeline.target import check_files, home_of, read_interface, read_spec
 from storage.workspace import Workspace, digest, tree_digest
 
-TARGET = Path("target")
+TARGET, RESULTS = Path("target"), Path("results")
 
 
 def main() -> None:
@@ -24,21 +26,35 @@ def main() -> None:
     home = home_of(spec, TARGET)
     check_files(spec, home)
     checkpoint = Path("drafts") / item.start / item.objective / "model"
-    described = read_config(checkpoint)
+    described, interface = read_config(checkpoint), read_interface(TARGET)
     shape = Shape(spec.vocab_size, spec.hidden_size)
-    expect = {"target": spec.fingerprint}
-    draft = load_draft(checkpoint, read_interface(TARGET), shape, expect=expect)
+    draft = load_draft(checkpoint, interface, shape, expect={"target": spec.fingerprint})
+    measured = _measured(item, described)
     out = Path("export") / arm / item.format
     fingerprint = digest(
-        [item.model_dump(), config.model_dump(), spec.fingerprint, tree_digest(checkpoint)]
+        [
+            item.model_dump(),
+            config.model_dump(),
+            spec.fingerprint,
+            measured,
+            tree_digest(checkpoint),
+        ]
     )
     with Workspace("export", fingerprint, outs=[out], cell=arm) as workspace:
         if workspace.complete():
             return
-        source = Source(arm=arm, spec=spec, home=home, draft=described)
+        source = Source(arm, spec, home, described, interface=interface, measured=measured)
         export_draft(workspace.path(out), draft, form=form, source=source, config=config)
         workspace.publish()
     print(f"{arm}: {out}, opened again with equal logits")
+
+
+def _measured(item: Export, described: dict[str, Any]) -> list[str]:
+    """What `evaluate` found of the arm; nothing where it has not run (dvc.yaml makes it run)."""
+    if not (RESULTS / item.start / "arms" / f"{item.objective}.rounds.parquet").is_file():
+        return []
+    named = {name: described[name] for name in ("draft", "kind", "objective", "loss", "seed")}
+    return rows(RESULTS, Arm(**named, start=item.start))
 
 
 if __name__ == "__main__":

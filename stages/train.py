@@ -50,6 +50,7 @@ def main() -> None:
             extra=extra_terms(objective),
         )
         meta = {"draft": arm.draft, "objective": arm.objective, "loss": arm.loss, "seed": arm.seed}
+        meta |= inputs.reads
         save_draft(
             workspace.path(model),
             draft,

@@ -23,10 +23,18 @@ from torch import Tensor, nn
 
 from pipeline.batch import Batch
 from pipeline.blocks import take_rows
-from pipeline.draft import Choose, Context, Draft, DraftConfig, Needs, require_interface
+from pipeline.draft import (
+    Choose,
+    Context,
+    Draft,
+    DraftConfig,
+    Needs,
+    require_depth,
+    require_interface,
+    require_last_hidden,
+)
 from pipeline.interface import Interface, Shape
 from pipeline.vocab import require_d2t
-from storage.errors import DraftError
 
 
 class Config(DraftConfig):
@@ -91,12 +99,7 @@ class Model(Draft):
         return cls(config, head, d2t=d2t)
 
     def _features(self, last_hidden: Tensor | None) -> Tensor:
-        if last_hidden is None:
-            raise DraftError(
-                found="a cache without last_hidden for a draft of kind medusa",
-                expected="the target's last hidden state of every token",
-                todo="set capture.last_hidden: true and run dvc repro capture",
-            )
+        last_hidden = require_last_hidden("medusa", last_hidden)
         return last_hidden.flatten(0, 1).to(self.weight.dtype)
 
     def _depth_logits(self, depth: int, z: Tensor) -> Tensor:
@@ -105,17 +108,9 @@ class Model(Draft):
             z = z + F.silu(F.linear(z, weight, bias))
         return F.linear(z, self.head[depth if self.config.train_heads else 0])
 
-    def _check_depth(self, depth: int) -> None:
-        if depth > self.config.num_heads:
-            raise DraftError(
-                found=f"depth {depth} for a medusa draft of {self.config.num_heads} heads",
-                expected="no more depths than heads",
-                todo="lower it or set more drafts.*.num_heads and train again",
-            )
-
     def training_logits(self, batch: Batch, depth: int) -> Iterator[Tensor]:
         """Head k at the supervised anchors of depth k."""
-        self._check_depth(depth)
+        require_depth("medusa", depth, self.config.num_heads)
         features = self._features(batch.last_hidden)
         for k in range(depth):
             yield self._depth_logits(k, take_rows(features, batch.pairs(k).anchor))
@@ -127,7 +122,7 @@ class Model(Draft):
     @torch.no_grad()
     def propose(self, state: State, context: Context, gamma: int, choose: Choose) -> Tensor:
         """All γ depths from y at the anchor, `length` − 2."""
-        self._check_depth(gamma)
+        require_depth("medusa", gamma, self.config.num_heads)
         features, num_tokens = self._features(context.last_hidden), context.tokens.shape[1]
         row = torch.arange(len(context.length), device=context.length.device)
         anchor = features[row * num_tokens + context.length - 2]

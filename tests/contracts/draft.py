@@ -376,7 +376,9 @@ class DraftContract:
             with pytest.raises(DraftError, match=f"no target interface .* kind {self.kind}"):
                 find(self.kind).Model.build(self.config(), SHAPE, None, 0)
         else:
-            assert find(self.kind).Model.build(self.config(), SHAPE, None, 0) is not None
+            config = self.config()
+            build = find(self.kind).Model.build
+            assert build(config, SHAPE, None, 0, d2t=self.d2t(config)) is not None
 
     def test_features_that_the_cache_lacks_are_named(self) -> None:
         draft, data = self.make(), self.data()

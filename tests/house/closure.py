@@ -23,9 +23,8 @@ def body(stage: Any) -> Any:
 
 def expected() -> list[str]:
     """Every file that some stage imports, less those that cells name by template."""
-    by_name = {
-        f"{m.replace('.', '/')}.py" for folder in ("drafts", "losses") for m in named_files(folder)
-    }
+    folders = ("drafts", "losses", "exports")
+    by_name = {f"{m.replace('.', '/')}.py" for folder in folders for m in named_files(folder)}
     return sorted({file for files in closures().values() for file in files} - by_name)
 
 

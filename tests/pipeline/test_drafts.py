@@ -147,9 +147,201 @@ class TestEagle31(DraftContract):
         assert_is_reference(draft, data, self.depths())
 
 
+class TestEagle3SharedKeys(DraftContract):
+    """Shared key heads, heads that do not fill the width, a norm a captured layer."""
+
+    kind = "eagle3"
+    params: ClassVar = {
+        **EAGLE3,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_size": 6,
+        "rope_theta": 500.0,
+        "norm_eps": 1e-3,
+        "fc_norm": True,
+    }
+    misfits = (
+        ({"num_kv_heads": 3}, "num_kv_heads 3 for num_heads 4; expected a divisor"),
+        ({"head_size": 5}, "head_size 5; expected heads of an even number of channels; correct"),
+    )
+
+    def test_it_is_the_equations_written_out(self) -> None:
+        draft, data = self.make(), self.data()
+        assert_is_reference(draft, data, self.depths())
+
+    def test_two_norms_before_fc_are_refused(self) -> None:
+        with pytest.raises(ConfigError, match="norm_before_fc and fc_norm exclude each other"):
+            self.config(norm_before_fc=True)
+
+
 class TestEagle3Pruned(DraftContract):
     kind = "eagle3"
     params: ClassVar = {**EAGLE3, "draft_vocab_size": 9}
+
+
+class TestMLP(DraftContract):
+    kind = "mlp"
+    params: ClassVar = {
+        "num_heads": 3,
+        "inner_size": 10,
+        "tie_weights": False,
+        "scale_input": True,
+    }
+    misfits = PRUNED
+
+    def test_it_is_the_equations_written_out(self) -> None:
+        assert_is_mlp(self.make(), self.data())
+
+    def test_no_deeper_than_its_heads(self) -> None:
+        draft, data = self.make(), self.data()
+        with pytest.raises(DraftError, match="depth 4 for a mlp draft of 3 heads"):
+            next(iter(draft.training_logits(data, 4)))
+        context = Context(data.tokens, torch.tensor([4, 4, 4]), None, data.last_hidden)
+        with pytest.raises(DraftError, match="depth 4 for a mlp draft of 3 heads"):
+            draft.propose(draft.open(3, T), context, 4, lambda k, z: z.argmax(-1))
+
+
+class TestMLPTied(DraftContract):
+    kind = "mlp"
+    params: ClassVar = {
+        "num_heads": 4,
+        "inner_size": 6,
+        "tie_weights": True,
+        "scale_input": False,
+        "draft_vocab_size": 9,
+    }
+
+    def test_it_is_the_equations_written_out(self) -> None:
+        assert_is_mlp(self.make(), self.data())
+
+
+def assert_is_mlp(draft: Any, data: Batch) -> None:
+    """draft_training.md §3.3, stage by stage and anchor by anchor."""
+    config, found = draft.config, by_anchor(draft, data, draft.config.num_heads)
+    n, inner, tied = config.num_heads, config.inner_size, config.tie_weights
+    state_weight = 0.5 ** (0.5 / n)
+    token_weight = ((1 - state_weight**2) * inner / 2) ** 0.5
+    assert data.last_hidden is not None
+    for b, j in found[0]:
+        s = data.last_hidden[b, j]
+        if config.scale_input:
+            s = rms(s, torch.ones(())) / 2**0.5
+        for k in range(n):
+            at = 0 if tied else k
+            p = draft.first if k == 0 else draft.later[0 if tied else k - 1]
+            if j + 1 + k >= len(data.tokens[b]):
+                break
+            token = draft.embed[at][data.tokens[b, j + 1 + k]]
+            z = p @ s + token_weight / state_weight * token
+            z = rms(z, draft.norm_weight[at]) + draft.norm_bias[at]
+            s = z * 0.5 * (1 + torch.erf(z / 2**0.5))
+            if (b, j) in found[k]:
+                torch.testing.assert_close(found[k][b, j], draft.head[at] @ s, **ALIGNED)
+
+
+MTP = {
+    "depth": 2,
+    "init": "fresh",
+    "attention": "step0",
+    "num_heads": 2,
+    "num_kv_heads": None,
+    "head_size": None,
+    "intermediate_size": 12,
+    "qk_norm": False,
+    "qkv_bias": False,
+    "rope_theta": 10_000.0,
+    "norm_eps": 1e-6,
+}
+
+
+class TestMTP(DraftContract):
+    kind = "mtp"
+    params: ClassVar = MTP
+    misfits = (
+        *PRUNED,
+        ({"num_heads": 3}, "num_heads 3 on a target of width 8; expected heads of an even number"),
+        ({"init": "target"}, "a target without a multi-token-prediction module .* set init: fresh"),
+    )
+
+    def test_it_is_the_equations_written_out(self) -> None:
+        draft, data = self.make(), self.data()
+        assert_is_mtp(draft, data, self.depths())
+
+    def test_embedding_and_head_stay_the_targets(self) -> None:
+        draft = find("mtp").Model.build(self.config(), SHAPE, interface(), 0)
+        assert {n for n, p in draft.named_parameters() if not p.requires_grad} == {"embed", "head"}
+
+    def test_a_causal_pass_a_step_trains_otherwise_beyond_depth_0(
+        self,
+    ) -> None:
+        draft, data = self.make(), self.data()
+        ours = by_anchor(draft, data, self.depths())
+        draft.config = self.config(attention="per_step")
+        theirs = by_anchor(draft, data, self.depths())
+        assert_is_mtp(draft, data, self.depths())
+        for key, row in ours[0].items():
+            torch.testing.assert_close(row, theirs[0][key], **ALIGNED)
+        assert any((ours[1][key] - theirs[1][key]).abs().max() > 1e-3 for key in ours[1])
+
+
+class TestMTPQwen3(DraftContract):
+    """As Qwen3 has it: normed q and k, shared keys, heads wider than the model; biases as Qwen2."""
+
+    kind = "mtp"
+    params: ClassVar = {
+        **MTP,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_size": 6,
+        "qk_norm": True,
+        "qkv_bias": True,
+        "rope_theta": 300.0,
+        "norm_eps": 1e-3,
+        "draft_vocab_size": 9,
+    }
+
+    def test_it_is_the_equations_written_out(self) -> None:
+        draft, data = self.make(), self.data()
+        assert_is_mtp(draft, data, self.depths())
+
+
+def assert_is_mtp(draft: Any, data: Batch, depth: int) -> None:
+    """draft_training.md §3.4 with every index as a query: the first T columns causal, later blocks
+    diagonal, or each step's own causal block alone."""
+    config, found = draft.config, by_anchor(draft, data, depth)
+    eps, own = config.norm_eps, config.attention == "per_step"
+    for b, row in enumerate(data.tokens):
+        assert data.last_hidden is not None
+        h, num_tokens = data.last_hidden[b], len(row)
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        for k in range(depth):
+            token = row[(torch.arange(num_tokens) + 1 + k).clamp(max=num_tokens - 1)]
+            e = rms(draft.embed[token], draft.token_norm.weight, eps=eps)
+            both = torch.cat([e, rms(h, draft.hidden_norm.weight, eps=eps)], -1)
+            u = both @ draft.project.weight.T
+            x = rms(u, draft.input_norm.weight, eps=eps)
+            position = torch.arange(num_tokens) + (0 if own else k)
+            q, key, value = project(draft, x, position)
+            if own:
+                keys, values = [], []
+            keys.append(key)
+            values.append(value)
+            causal = torch.ones(num_tokens, num_tokens).tril().bool()
+            blocks = [causal, *[torch.eye(num_tokens).bool()] * (len(keys) - 1)]
+            scores = torch.einsum("qhc,khc->hqk", q, torch.cat(keys)) / q.shape[-1] ** 0.5
+            weight = scores.masked_fill(~torch.cat(blocks, dim=1), -torch.inf).softmax(-1)
+            attended = torch.einsum("hqk,khc->qhc", weight, torch.cat(values)).flatten(1)
+            r = u + attended @ draft.attention.out.weight.T
+            h = rms(
+                r + swiglu(draft, rms(r, draft.post_norm.weight, eps=eps)),
+                draft.norm.weight,
+                eps=eps,
+            )
+            logits = h @ draft.head.T
+            for (at, j), ours in found[k].items():
+                if at == b:
+                    torch.testing.assert_close(ours, logits[j], **ALIGNED)
 
 
 def assert_is_reference(draft: Any, data: Batch, depth: int) -> None:
@@ -161,17 +353,20 @@ def assert_is_reference(draft: Any, data: Batch, depth: int) -> None:
         assert data.hidden is not None
         num_tokens = len(row)
         g = data.hidden[b].flatten(1)
-        f = (rms(g, draft.fc_norm.weight) if config.norm_before_fc else g) @ draft.fc.weight.T
+        if config.norm_before_fc:
+            g = rms(g, draft.fused_norm.weight, eps=config.norm_eps)
+        if config.fc_norm:
+            parts = zip(data.hidden[b].unbind(1), draft.layer_norms, strict=True)
+            g = torch.cat([rms(x, norm.weight, eps=config.norm_eps) for x, norm in parts], -1)
+        f = g @ draft.fc.weight.T
         keys, values = [], []
         for k in range(depth):
             token = row[(torch.arange(num_tokens) + 1 + k).clamp(max=num_tokens - 1)]
-            e = rms(draft.embed[token], draft.input_norm.weight)
-            h = rms(f, draft.hidden_norm.weight)
-            q, key, value = (torch.cat([e, h], -1) @ draft.attention.qkv.weight.T).chunk(3, -1)
-            heads = config.num_heads
-            q, key = (turn(x, torch.arange(num_tokens) + k, heads=heads) for x in (q, key))
+            e = rms(draft.embed[token], draft.input_norm.weight, eps=config.norm_eps)
+            h = rms(f, draft.hidden_norm.weight, eps=config.norm_eps)
+            q, key, value = project(draft, torch.cat([e, h], -1), torch.arange(num_tokens) + k)
             keys.append(key)
-            values.append(value.view(num_tokens, heads, -1))
+            values.append(value)
             causal = torch.ones(num_tokens, num_tokens).tril().bool()
             mask = torch.cat([causal, *[torch.eye(num_tokens).bool()] * k], dim=1)
             scores = torch.einsum("qhc,khc->hqk", q, torch.cat(keys)) / q.shape[-1] ** 0.5
@@ -179,9 +374,8 @@ def assert_is_reference(draft: Any, data: Batch, depth: int) -> None:
             attended = torch.einsum("hqk,khc->qhc", weight, torch.cat(values)).flatten(1)
             residual = h if config.norm_before_residual else f
             r = residual + attended @ draft.attention.out.weight.T
-            gate, up = (rms(r, draft.post_norm.weight) @ draft.mlp.gate_up.weight.T).chunk(2, -1)
-            out = r + (gate * gate.sigmoid() * up) @ draft.mlp.down.weight.T
-            normed = rms(out, draft.norm.weight)
+            out = r + swiglu(draft, rms(r, draft.post_norm.weight, eps=config.norm_eps))
+            normed = rms(out, draft.norm.weight, eps=config.norm_eps)
             logits = normed @ draft.head.T
             f = normed if config.norm_output else out
             for (at, j), ours in found[k].items():
@@ -189,16 +383,39 @@ def assert_is_reference(draft: Any, data: Batch, depth: int) -> None:
                     assert_close(ours, logits[j], **ALIGNED)
 
 
-def rms(x: Tensor, weight: Tensor) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+def project(draft: Any, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [T, H, C] of every head, shared keys repeated."""
+    config, weight = draft.config, draft.attention.qkv.weight
+    heads, shared = config.num_heads, config.num_kv_heads or config.num_heads
+    size = config.head_size or x.shape[-1] // (heads * (1 if config.kind == "mtp" else 2))
+    rows = x @ weight.T + (0 if draft.attention.qkv.bias is None else draft.attention.qkv.bias)
+    q, k, v = (
+        part.view(len(x), -1, size)
+        for part in rows.split([heads * size, shared * size, shared * size], -1)
+    )
+    if draft.attention.q_norm is not None:
+        q = rms(q, draft.attention.q_norm.weight, eps=config.norm_eps)
+        k = rms(k, draft.attention.k_norm.weight, eps=config.norm_eps)
+    q, k = (turn(part, position, theta=config.rope_theta) for part in (q, k))
+    serves = [h * shared // heads for h in range(heads)]
+    return q, k[:, serves], v[:, serves]
 
 
-def turn(x: Tensor, position: Tensor, *, heads: int) -> Tensor:
+def swiglu(draft: Any, x: Tensor) -> Tensor:
+    gate, up = (x @ draft.mlp.gate_up.weight.T).chunk(2, -1)
+    out: Tensor = (gate * gate.sigmoid() * up) @ draft.mlp.down.weight.T
+    return out
+
+
+def rms(x: Tensor, weight: Tensor, *, eps: float = 1e-6) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def turn(x: Tensor, position: Tensor, *, theta: float) -> Tensor:
     """Rotate channels (c, c + C/2) of every head as complex numbers."""
-    x = x.view(len(x), heads, -1)
     half = x.shape[-1] // 2
     # angles are float32 by convention, whatever the model's dtype
-    angle = position[:, None].float() * 10_000.0 ** -(torch.arange(half).float() / half)
+    angle = position[:, None].float() * theta ** -(torch.arange(half).float() / half)
     unit = torch.complex(angle.cos().double(), angle.sin().double())
     turned = torch.complex(x[..., :half], x[..., half:]) * unit.unsqueeze(1)
     return torch.cat([turned.real, turned.imag], dim=-1)
@@ -210,7 +427,7 @@ def test_every_kind_is_under_the_contract() -> None:
 
 
 def test_unknown_kind_lists_those_that_exist() -> None:
-    with pytest.raises(ConfigError, match=r"draft kind 'lstm'; expected one of eagle3, lm, medusa"):
+    with pytest.raises(ConfigError, match="'lstm'; expected one of eagle3, lm, medusa, mlp, mtp"):
         find("lstm")
 
 

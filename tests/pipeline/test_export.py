@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from pipeline import export
 from pipeline.config import parse
 from pipeline.draft import Draft, find
-from pipeline.export import ExportConfig, Source, export_draft, find_format, rename
+from pipeline.export import ExportConfig, Source, export_draft, find_format
+from pipeline.exports import transformers as form
 from pipeline.interface import Shape
+from pipeline.keys import rename
 from pipeline.target import TargetSpec
 from storage.errors import ConfigError, DraftError
 from storage.workspace import tree_digest
@@ -86,8 +88,8 @@ def config(dtype: str = "float32") -> ExportConfig:
 
 def written(tmp_path: Path, draft: Draft, source: Source, dtype: str = "float32") -> Path:
     folder = tmp_path / "export"
-    form = find_format("lm", "transformers")
-    export_draft(folder, draft, form=form, source=source, config=config(dtype))
+    found = find_format("lm", "transformers")
+    export_draft(folder, draft, form=found, source=source, config=config(dtype))
     return folder
 
 
@@ -96,7 +98,7 @@ def test_transformers_gives_our_logits(tmp_path: Path, draft: Draft, source: Sou
 
     folder = written(tmp_path, draft, source)
     opened = AutoModelForCausalLM.from_pretrained(folder)
-    probe = export._probe(V)
+    probe = export.probe(draft, source)
     with torch.no_grad():
         ours = next(iter(draft.training_logits(probe, 1)))
         theirs = opened(probe.tokens).logits.flatten(0, 1)[probe.pairs(0).anchor + 1]
@@ -176,13 +178,13 @@ def test_key_table_holds_every_tensor_of_transformers(draft: Draft) -> None:
         )
     )
     theirs = {k: v.shape for k, v in llama.state_dict().items() if k != "lm_head.weight"}
-    ours = {k: v.shape for k, v in rename(draft.trainable(), export.LLAMA_KEYS).items()}
+    ours = {k: v.shape for k, v in rename(draft.trainable(), form.KEYS).items()}
     assert ours == theirs
 
 
 def test_a_tensor_outside_the_key_table_is_refused(draft: Draft) -> None:
     with pytest.raises(DraftError, match=r"a tensor layers\.0\.wings in the draft"):
-        rename({"layers.0.wings": torch.zeros(2)}, export.LLAMA_KEYS)
+        rename({"layers.0.wings": torch.zeros(2)}, form.KEYS)
 
 
 def _alter(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -217,7 +219,7 @@ def test_an_export_that_is_not_the_draft_is_refused(
     folder = written(tmp_path, draft, source)
     _alter(folder, change)
     with pytest.raises(DraftError, match=sentence):
-        export.check_transformers(folder, draft, config())
+        form.check_theirs(folder, draft, source, config())
 
 
 def test_a_wrong_flag_is_seen_in_the_logits(tmp_path: Path, draft: Draft, source: Source) -> None:
@@ -227,7 +229,7 @@ def test_a_wrong_flag_is_seen_in_the_logits(tmp_path: Path, draft: Draft, source
     described["rope_theta"] = 500.0
     (folder / "config.json").write_text(json.dumps(described))
     with pytest.raises(DraftError, match="logits off by"):
-        export.check_transformers(folder, draft, config())
+        form.check_theirs(folder, draft, source, config())
 
 
 def test_a_target_without_tokenizer_is_refused(
@@ -243,8 +245,10 @@ def test_a_format_that_a_kind_lacks_lists_those_that_exist() -> None:
         ConfigError, match=r"'vllm' for a draft of kind lm; expected .*transformers"
     ):
         find_format("lm", "vllm")
-    with pytest.raises(ConfigError, match=r"of kind medusa; expected transformers for lm; correct"):
+    with pytest.raises(ConfigError, match=r"of kind medusa; expected one of medusa; correct"):
         find_format("medusa", "transformers")
+    with pytest.raises(ConfigError, match=r"kind lstm; expected a kind that some format takes"):
+        find_format("lstm", "transformers")
 
 
 @pytest.mark.parametrize("value", [0, -1])

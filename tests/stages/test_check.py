@@ -9,7 +9,7 @@ import pytest
 from pipeline.check import check_params
 from pipeline.config import read_params
 from stages import check
-from storage.errors import ConfigError
+from storage.errors import ConfigError, DraftError
 
 GOOD = read_params()
 
@@ -79,6 +79,20 @@ def test_good_parameters_give_constant_bytes(
         check.main()
         written.append(Path("checked/params.json").read_bytes())
     assert written[0] == written[1]
+
+
+def test_what_only_the_draft_can_say_is_checked_before_anything_runs() -> None:
+    """A start that is not there, and an export that its engine could not serve."""
+    params = copy.deepcopy(GOOD)
+    params["drafts"]["lm"]["start"] = {"folder": "nowhere", "sha256": "0" * 64}
+    with pytest.raises(DraftError, match=r"no config\.json in nowhere, which a draft is to start"):
+        check_params(params)
+    params = copy.deepcopy(GOOD)
+    params["drafts"]["eagle3"]["norm_output"] = True
+    arm = {k: params["arms"]["eagle3-kl-0"][k] for k in ("start", "draft", "kind", "objective")}
+    params["exports"]["eagle3-kl-0"] = {**arm, "format": "sglang"}
+    with pytest.raises(ConfigError, match="an eagle3 draft with norm_output for the format sglang"):
+        check_params(params)
 
 
 def test_a_refusal_leaves_the_out_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

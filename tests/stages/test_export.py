@@ -9,10 +9,10 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from pipeline import export as exporting
 from pipeline.checkpoint import save_draft
 from pipeline.config import parse
 from pipeline.draft import find
+from pipeline.exports import transformers as form
 from pipeline.interface import Shape
 from pipeline.pin import Origin, pin
 from stages import export
@@ -132,11 +132,15 @@ def test_a_draft_of_another_target_is_refused(project: Callable[..., None]) -> N
     assert not OUT.exists()
 
 
+def _other_rope(config: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    return lambda *given: {**config(*given), "rope_theta": 77.0}
+
+
 def test_an_export_that_fails_its_check_is_not_published(
     project: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project()
-    monkeypatch.setattr(exporting, "ROPE_THETA", 77.0)
-    with pytest.raises(DraftError, match="transformers opened again with logits off by"):
+    monkeypatch.setattr(form, "_config", _other_rope(form._config))
+    with pytest.raises(DraftError, match=r"config\.json: rope_theta is 77\.0; expected 10000\.0"):
         export.main()
     assert not OUT.exists()

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from stages import warmup
 from storage.errors import ConfigError, DraftError, FingerprintMismatch, MissingManifest
@@ -42,6 +43,15 @@ def test_two_runs_give_the_same_bytes(
         stage(warmup, key, monkeypatch)
         digests.append(tree_digest(Path("warmup")))
     assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("key", ["mlp-0", "mtp-0"])
+def test_every_kind_learns(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project(tmp_path, monkeypatch, params=edit(PARAMS, warmup={"steps": 30}))
+    stage(warmup, key, monkeypatch)
+    rows = Path("warmup", key, "curve.csv").read_text().split("\n")[1:]
+    losses = [float(row.split(",")[1]) for row in rows if row]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_seeds_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,3 +117,30 @@ def test_a_key_that_is_no_start_is_refused(tmp_path: Path, monkeypatch: pytest.M
     project(tmp_path, monkeypatch)
     with pytest.raises(ConfigError, match=r"no starts\.lm-9; expected one of the keys of starts"):
         stage(warmup, "lm-9", monkeypatch)
+
+
+def test_it_starts_from_a_pinned_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No steps: what it writes is what it began with, whatever its seed."""
+    project(tmp_path, monkeypatch)
+    stage(warmup, "eagle3-0", monkeypatch)
+    first = Path("warmup", "eagle3-0", "model")
+    start = {"folder": str(first), "sha256": tree_digest(first)}
+    drafts = {"eagle3": {**PARAMS["drafts"]["eagle3"], "start": start, "depth": 3}}
+    params = edit(PARAMS, warmup={"steps": 0}, drafts=drafts)
+    with Path("params.yaml").open("w", encoding="utf-8") as file:
+        YAML(typ="safe").dump(params, file)
+    stage(warmup, "eagle3-1", monkeypatch)
+    second = Path("warmup", "eagle3-1", "model")
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (first, second)]
+    assert weights[0] == weights[1]
+    described = json.loads((second / "config.json").read_text())
+    assert described["config"]["start"] == start
+    assert described["hidden_layers"] == [1, 2, 3]
+    (first / "model.safetensors").write_bytes(b"other")
+    stage_again = edit(params, warmup={"steps": 1})
+    with Path("params.yaml").open("w", encoding="utf-8") as file:
+        YAML(typ="safe").dump(stage_again, file)
+    with pytest.raises(DraftError, match=r"with the digest .*drafts\.\*\.start\.sha256 pins"):
+        stage(warmup, "eagle3-1", monkeypatch)

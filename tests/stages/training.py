@@ -62,6 +62,29 @@ PARAMS: dict[str, Any] = {
             "norm_output": False,
             **SCALE,
         },
+        "mlp": {
+            "kind": "mlp",
+            "num_heads": 2,
+            "inner_size": 12,
+            "tie_weights": False,
+            "scale_input": True,
+            **SCALE,
+        },
+        "mtp": {
+            "kind": "mtp",
+            "depth": 2,
+            "init": "fresh",
+            "attention": "step0",
+            "num_heads": 2,
+            "num_kv_heads": None,
+            "head_size": None,
+            "intermediate_size": 12,
+            "qk_norm": True,
+            "qkv_bias": False,
+            "rope_theta": 1e4,
+            "norm_eps": 1e-6,
+            **SCALE,
+        },
     },
     "losses": {
         "kl": {"kind": "kl"},
@@ -70,7 +93,7 @@ PARAMS: dict[str, Any] = {
     },
     "starts": {
         f"{d}-{s}": {**_start(d, s), "objectives": ["kl"]}
-        for d in ("lm", "medusa", "eagle3")
+        for d in ("lm", "medusa", "eagle3", "mlp", "mtp")
         for s in (0, 1)
     },
     "arms": {

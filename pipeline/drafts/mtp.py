@@ -1,0 +1,230 @@
+"""MTP: one decoder layer over the target's last hidden state, reused for every depth.
+
+At anchor j and step k = 0 … S−1 (draft_training.md §3.4, arXiv:2412.19437, arXiv:2509.18362):
+
+    u = W_p [RMS_e(E x_{j+1+k}); RMS_h(h^{(k-1)})],   h^{(-1)} = y_j, the target's last hidden state
+    r = u + Attn(RMS_in u),  out = r + SwiGLU(RMS_post r),  h^{(k)} = RMS(out)
+    logits = W_head h^{(k)}, the target's own head, drafting x_{j+2+k}
+
+`attention: step0` trains as it is served: step k sees the step-0 keys of indices ≤ j and its own
+steps at j (`pipeline.unroll`). `per_step` is what the `speculators` package trains: at every step a
+fresh causal pass over that step's own keys, positions not advanced; decoding has no such cache, so
+that only depth 0 equals its training.
+
+`init: target` begins with the target's own module; it has to be dense, a matter of its shape that
+the target's settings and the section must agree on.
+
+Dims as in `pipeline.draft`.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F  # noqa: N812  the name that torch's users know
+from pydantic import Field
+from torch import Tensor, nn
+
+from pipeline.batch import Batch
+from pipeline.blocks import Attention, Linear, RMSNorm, SwiGLU, attend, draw, take_rows
+from pipeline.draft import DraftConfig, Needs, require_interface, require_last_hidden
+from pipeline.interface import Interface, Mtp, Shape
+from pipeline.mtp_keys import LAYOUTS, SHARED, from_layout
+from pipeline.seeds import generator
+from pipeline.unroll import Unrolled, require_heads
+from pipeline.vocab import require_d2t
+from storage.errors import DraftError
+
+
+class Config(DraftConfig):
+    """Section `drafts.<name>` of kind `mtp`."""
+
+    kind: Literal["mtp"]
+    depth: Annotated[int, Field(gt=0)]
+    init: Literal["fresh", "target"]
+    """`target`: the weights of the target's own module."""
+    attention: Literal["step0", "per_step"]
+    num_heads: Annotated[int, Field(gt=0)]
+    num_kv_heads: Annotated[int, Field(gt=0)] | None
+    """G; None for one of each head's own."""
+    head_size: Annotated[int, Field(gt=0)] | None
+    """C; None for the width over the heads."""
+    intermediate_size: Annotated[int, Field(gt=0)]
+    qk_norm: bool
+    """Whether each head of q and k is normed (Qwen3)."""
+    qkv_bias: bool
+    """Whether q, k and v have a bias (Qwen2, MiMo)."""
+    rope_theta: Annotated[float, Field(gt=0)]
+    norm_eps: Annotated[float, Field(gt=0)]
+    draft_vocab_size: Annotated[int, Field(gt=0)] | None = None
+
+
+class Model(Unrolled):
+    """Projection of [embedding; hidden], one layer, a norm, and the target's head."""
+
+    def __init__(
+        self, config: Config, embed: Tensor, *, head: Tensor, d2t: Tensor | None = None
+    ) -> None:
+        super().__init__(d2t)
+        self.config, self.rope_theta = config, config.rope_theta
+        size, eps = embed.shape[1], config.norm_eps
+        self.embed = nn.Parameter(embed, requires_grad=False)
+        self.token_norm = RMSNorm(size, eps=eps)
+        self.hidden_norm = RMSNorm(size, eps=eps)
+        self.project = Linear(2 * size, size)
+        self.input_norm = RMSNorm(size, eps=eps)
+        self.attention = Attention(
+            size,
+            config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_size=config.head_size,
+            qkv_bias=config.qkv_bias,
+            qk_norm_eps=eps if config.qk_norm else None,
+        )
+        self.post_norm = RMSNorm(size, eps=eps)
+        self.mlp = SwiGLU(size, config.intermediate_size)
+        self.norm = RMSNorm(size, eps=eps)
+        self.head = nn.Parameter(head, requires_grad=False)
+
+    @staticmethod
+    def needs(config: Config) -> Needs:
+        """The last hidden state at every token, the embedding and the head."""
+        return Needs(last_hidden=True, interface=True)
+
+    @staticmethod
+    def max_depth(config: Config) -> int | None:
+        """No limit: it runs on its own output."""
+        return None
+
+    @staticmethod
+    def loss_depth(config: Config) -> int:
+        """S."""
+        return config.depth
+
+    @classmethod
+    def build(
+        cls,
+        config: Config,
+        shape: Shape,
+        interface: Interface | None,
+        seed: int,
+        *,
+        d2t: Tensor | None = None,
+    ) -> "Model":
+        """A layer drawn from `seed`, or the target's own; `DraftError` where it has none."""
+        target = require_interface("mtp", shape, interface)
+        require_heads(
+            shape.hidden_size,
+            config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_size=config.head_size,
+        )
+        d2t = require_d2t(d2t, config.draft_vocab_size, shape.vocab_size)
+        head = target.lm_head if d2t is None else target.lm_head[d2t]
+        model = cls(config, target.embed, head=head, d2t=d2t)
+        if config.init == "target":
+            model._take(_own_module(target), target)
+        else:
+            stream = generator(seed, "draft", "mtp")
+            for part in (model.project, model.attention, model.mlp):
+                draw(part, stream)
+        return model
+
+    @property
+    def module(self) -> dict[str, Tensor]:
+        """The module alone: what its publishers store."""
+        outside = ("d2t", "embed", "head")
+        return {k: v for k, v in self.state_dict().items() if k not in outside}
+
+    def _take(self, own: Mtp, target: Interface) -> None:
+        """Fill the module from the target's; `DraftError` where shape or settings differ."""
+        _same_settings(self.config, self.attention, own)
+        tensors = dict(own.tensors)
+        for theirs, ours in SHARED.items():
+            copy = tensors.pop(theirs, None)
+            if copy is not None and not torch.equal(copy, getattr(target, ours)):
+                raise DraftError(
+                    found=f"a target whose MTP module has a {theirs} of its own",
+                    expected=f"a copy of the target's {ours}, which the draft uses",
+                    todo="set init: fresh for this target",
+                )
+        pieces = {f"attention.qkv.{what}": self.attention.pieces for what in ("weight", "bias")}
+        place, module = Path("target/interface/mtp.safetensors"), self.module
+        found = from_layout(tensors, module, own.layout, pieces=pieces, place=place)
+        for name, tensor in found.items():
+            module[name].copy_(tensor)
+
+    def _start(self, hidden: Tensor | None, last_hidden: Tensor | None) -> Tensor:
+        return require_last_hidden("mtp", last_hidden).to(self.project.weight.dtype)
+
+    def _residual(self, token: Tensor, feature: Tensor) -> Tensor:
+        """U [..., D]."""
+        e = self.token_norm(take_rows(self.embed, token))
+        u: Tensor = self.project(torch.cat([e, self.hidden_norm(feature)], dim=-1))
+        return u
+
+    def _inputs(self, token: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
+        u = self._residual(token, feature)
+        return self.input_norm(u), u
+
+    def _state(self, residual: Tensor, attended: Tensor) -> Tensor:
+        r = residual + self.attention.out(attended)
+        state: Tensor = self.norm(r + self.mlp(self.post_norm(r)))
+        return state
+
+    def _logits(self, state: Tensor) -> Tensor:
+        return F.linear(state, self.head)
+
+    def training_logits(self, batch: Batch, depth: int) -> Iterator[Tensor]:
+        """As `Unrolled` does, or a causal pass of its own for every step."""
+        if self.config.attention == "step0":
+            yield from super().training_logits(batch, depth)
+            return
+        state = self._start(batch.hidden, batch.last_hidden)
+        table = self._table(torch.arange(batch.tokens.shape[1], device=state.device))
+        for k in range(depth):
+            # the last k indices have no token of that step; nobody that is supervised sees them
+            x, residual = self._inputs(batch.tokens.roll(-1 - k, dims=1), state)
+            state = self._state(residual, attend(*self.attention.project(x, table), None))
+            yield self._logits(take_rows(state.flatten(0, 1), batch.pairs(k).anchor))
+
+
+def _own_module(target: Interface) -> Mtp:
+    """The target's MTP module; `DraftError` where it has none or none that we can run."""
+    if target.mtp is None:
+        raise DraftError(
+            found="a target without a multi-token-prediction module of its own",
+            expected="one, because the draft asks for init: target",
+            todo="set init: fresh under drafts in params.yaml",
+        )
+    own = target.mtp()
+    if own.layout not in LAYOUTS:
+        raise DraftError(
+            found=f"a target whose MTP module has the names of {own.layout}, with gated attention",
+            expected="a dense module of one of " + ", ".join(k for k in LAYOUTS),
+            todo="set init: fresh under drafts in params.yaml",
+        )
+    return own
+
+
+def _same_settings(config: Config, attention: Attention, own: Mtp) -> None:
+    """`DraftError` where the section's shape is not that of the target's module."""
+    theirs = dict(own.settings)
+    theirs["num_kv_heads"] = theirs["num_kv_heads"] or theirs["num_heads"]
+    ours = {
+        "num_heads": config.num_heads,
+        "num_kv_heads": attention.num_kv_heads,
+        "head_size": attention.head_size,
+        "intermediate_size": config.intermediate_size,
+        "rope_theta": config.rope_theta,
+        "rope_type": "default",
+        "norm_eps": config.norm_eps,
+    }
+    for name, value in ours.items():
+        if theirs[name] is not None and theirs[name] != value:
+            raise DraftError(
+                found=f"{name} {value} for a target whose MTP module has {theirs[name]}",
+                expected="the target's own, because the draft asks for init: target",
+                todo=f"correct drafts.*.{name} in params.yaml, or set init: fresh",
+            )

@@ -1,0 +1,1 @@
+"""What runs under another interpreter, where published packages are compared with us."""
