@@ -40,6 +40,10 @@ CONFIG: dict[str, Any] = {
     "depth_decay": 0.8,
     "heldout_sequences": 8,
     "log_every": 10,
+    "micro_batch_sequences": None,
+    "dtype": "float32",
+    "ranks": 1,
+    "sharding": "ddp",
     "threads": 1,
 }
 

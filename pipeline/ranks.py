@@ -1,0 +1,291 @@
+"""Processes that share the sequences of a training step: started or joined, their terms gathered.
+
+    with open_ranks(2, where=device, sharding="ddp", module="stages.train") as ranks:
+        model = ranks.wrap(model)
+
+One rank is this process alone, and every method then returns what it was given. More of them are
+torchrun's (its environment names them), or children of this process where none is named, so that
+`dvc repro` needs no launcher. Every rank sees the terms of all anchors of a micro-batch, its own
+with their graph: each computes the loss of the whole micro-batch, whatever the loss, with one
+denominator and one ᾱ (DESIGN §6), and the sum of the ranks' gradients is that loss's gradient.
+
+The number of ranks orders the additions, so it is a stage's parameter and no knob of `cluster`.
+Backends: NCCL on GPUs, gloo on CPUs. Nothing is pickled on the wire. Knows no draft and no loss.
+
+Dims: S depths, N anchors (padded over depths), R ranks.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from storage.errors import ConfigError, WorkspaceError
+
+Sharding = Literal["ddp", "fsdp"]
+
+TIMEOUT = timedelta(minutes=10)
+"""Of one collective: the slowest rank may be decoding a part or writing a checkpoint."""
+END_S = 30.0  # for children to end by themselves after the last collective
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One process of R; made by `open_ranks`."""
+
+    index: int = 0
+    size: int = 1
+    device: str = "cpu"
+    sharding: Sharding = "ddp"
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes: the others read and compute only."""
+        return self.index == 0
+
+    @property
+    def shards(self) -> bool:
+        """Whether a rank holds a slice of each parameter."""
+        return self.size > 1 and self.sharding == "fsdp"
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Under DDP every rank holds all weights; under FSDP2 a slice of each, moments too."""
+        if self.size == 1:
+            return model
+        if self.sharding == "ddp":
+            from torch.nn.parallel import DistributedDataParallel
+
+            return DistributedDataParallel(model, broadcast_buffers=False)
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(torch.device(self.device).type, (self.size,))
+        fully_shard(model, mesh=mesh)  # in place
+        return model
+
+    @contextmanager
+    def accumulating(self, model: nn.Module, *, last: bool) -> Iterator[None]:
+        """Exchange gradients in the last pass of a step only."""
+        if self.size == 1 or last:
+            yield
+        elif self.sharding == "ddp":
+            assert isinstance(model, nn.parallel.DistributedDataParallel)
+            with model.no_sync():
+                yield
+        else:
+            sharded: Any = model
+            sharded.set_requires_gradient_sync(False)
+            try:
+                yield
+            finally:
+                sharded.set_requires_gradient_sync(True)
+
+    def gather(
+        self, kl_SN: Tensor, alpha_SN: Tensor, mask_SN: Tensor, *, tokens: int
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        """The terms of all ranks side by side, in the order of the sequences; tokens summed.
+
+        mask_SN masks the end of each row alone, as `depth_terms` makes it.
+        """
+        if self.size == 1:
+            return kl_SN, alpha_SN, mask_SN, tokens
+        own = torch.tensor([*mask_SN.sum(-1).tolist(), tokens], device=kl_SN.device)
+        counts_RS = self._all(own)
+        tokens, counts_RS = int(counts_RS[:, -1].sum()), counts_RS[:, :-1]
+        width = int(counts_RS.max())
+        wider = (0, width - kl_SN.shape[1])
+        kl_SN, alpha_SN = pad(kl_SN, wider), pad(alpha_SN, wider)
+        kls, alphas = (list(x.unbind(0)) for x in self._all_of(kl_SN, alpha_SN))
+        kls[self.index], alphas[self.index] = kl_SN, alpha_SN
+        columns = torch.arange(width, device=kl_SN.device)
+        masks = (columns < counts_RS[:, :, None]).unbind(0)
+        return torch.cat(kls, 1), torch.cat(alphas, 1), torch.cat(masks, 1), tokens
+
+    def _all_of(self, *tensors: Tensor) -> Iterator[Tensor]:
+        """[R, ...] each, of tensors of one shape and dtype, in one exchange."""
+        return iter(self._all(torch.stack(tensors).detach()).unbind(1))
+
+    def _all(self, x: Tensor) -> Tensor:
+        """[R, ...]: every rank's x, of one shape."""
+        found = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
+        torch.distributed.all_gather(list(found.unbind(0)), x.contiguous())
+        return found
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of every rank's x, the same bits on all."""
+        return x if self.size == 1 else self._all(x).sum(0)
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """The sums of every rank's values."""
+        if self.size == 1:
+            return list(values)
+        return self.total(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+
+    def most(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
+        if self.size == 1:
+            return number
+        return int(self._all(torch.tensor(number, device=self.device)).max())
+
+    def agree(self, flag: bool) -> bool:
+        """The first rank's answer to a question that clocks answer differently."""
+        if self.size == 1:
+            return flag
+        return bool(self._all(torch.tensor(int(flag), device=self.device))[0])
+
+    def texts(self, text: Sequence[str]) -> list[str]:
+        """All ranks' texts, in order."""
+        if self.size == 1:
+            return list(text)
+        data = json.dumps(list(text)).encode("utf-8")
+        sizes = self._all(torch.tensor(len(data), device=self.device)).tolist()
+        padded = bytearray(data.ljust(max(sizes), b" "))
+        rows = self._all(torch.frombuffer(padded, dtype=torch.uint8).to(self.device)).cpu()
+        return [one for row in rows for one in json.loads(row.numpy().tobytes())]
+
+    def spread(self, into: Tensor, value: Tensor | None) -> None:
+        """Copy the first rank's whole `value` into every rank's tensor, or into its slice of it."""
+        if self.size == 1:
+            assert value is not None
+            into.copy_(value)
+            return
+        whole = torch.empty(into.shape, dtype=into.dtype, device=self.device)
+        if self.first:
+            assert value is not None
+            whole.copy_(value)
+        torch.distributed.broadcast(whole, src=0)
+        sharded: Any = into
+        if hasattr(into, "to_local"):
+            from torch.distributed.tensor import distribute_tensor
+
+            placed = distribute_tensor(whole, sharded.device_mesh, sharded.placements)
+            sharded.to_local().copy_(placed.to_local())
+        else:
+            into.copy_(whole)
+
+    def unwrap(self, model: nn.Module) -> None:
+        """Give a sharded model's modules their whole parameters back, equal on all ranks."""
+        if not self.shards:
+            return
+        for module in model.modules():
+            for name, p in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(whole(p), requires_grad=p.requires_grad))
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's slice of a sharded tensor, sharing its memory; any other tensor itself."""
+    sharded: Any = x
+    return sharded.to_local() if hasattr(x, "to_local") else x
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of a sharded tensor, detached: a collective; any other tensor itself."""
+    sharded: Any = x.detach()
+    return sharded.full_tensor() if hasattr(x, "full_tensor") else sharded
+
+
+@contextmanager
+def open_ranks(size: int, *, where: str, sharding: Sharding, module: str) -> Iterator[Ranks]:
+    """Join the ranks that torchrun started, or start them with `python -m module` and this argv.
+
+    `ConfigError` where torchrun's number is another or the machine has too few GPUs;
+    `WorkspaceError` where a rank died, which ends the others.
+    """
+    named = "WORLD_SIZE" in os.environ
+    if (world := int(os.environ.get("WORLD_SIZE", size))) != size:
+        raise ConfigError(
+            found=f"{world} processes of torchrun",
+            expected=f"{size}, as params.yaml says: their number decides the order of additions",
+            todo=f"set ranks: {world}, or start {size}",
+        )
+    if size == 1:
+        yield Ranks(device=where)
+        return
+    index = int(os.environ.get("RANK", "0"))
+    place = _place(where, int(os.environ.get("LOCAL_RANK", str(index))), size)
+    store = None if named else _own_store(size)
+    children = [] if store is None else _start(size, module, store.port)
+    torch.distributed.init_process_group(
+        "nccl" if place.startswith("cuda") else "gloo",
+        rank=index,
+        world_size=size,
+        store=store or _parents_store(size),
+        timeout=TIMEOUT,
+    )
+    try:
+        yield Ranks(index, size, place, sharding)
+        for child in children:
+            child.wait(END_S)
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
+        ended = [n for n, c in enumerate(children, 1) if c.poll()]
+        if isinstance(error, RuntimeError) and not ended:
+            raise
+        which = ", ".join(map(str, ended)) or "1 or later"
+        raise WorkspaceError(
+            found=f"training rank {which} of {size} ended early",
+            expected="ranks that live as long as the first",
+            todo="see what it said above and run dvc repro: training goes on from its checkpoint",
+        ) from None
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+        torch.distributed.destroy_process_group()
+
+
+PARENT_PORT = "LKCACHE_RANKS_PORT"
+
+
+def _own_store(size: int) -> Any:
+    """A store at a free port, for children of this process."""
+    untyped: Any = torch.distributed
+    return untyped.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
+
+
+def _parents_store(size: int) -> Any:
+    """The store of the process that started this one; None for torchrun's own."""
+    if PARENT_PORT not in os.environ:
+        return None
+    untyped: Any = torch.distributed
+    return untyped.TCPStore("127.0.0.1", int(os.environ[PARENT_PORT]), size)
+
+
+def _start(size: int, module: str, port: int) -> list[subprocess.Popen[bytes]]:
+    """Ranks 1 … size − 1. In sessions of their own: the first rank alone hears Ctrl-C."""
+    return [
+        subprocess.Popen(  # noqa: S603  this program itself
+            [sys.executable, "-m", module, *sys.argv[1:]],
+            env={
+                **os.environ,
+                "WORLD_SIZE": str(size),
+                "RANK": str(index),
+                "LOCAL_RANK": str(index),
+                PARENT_PORT: str(port),
+            },
+            start_new_session=True,
+        )
+        for index in range(1, size)
+    ]
+
+
+def _place(where: str, local_index: int, size: int) -> str:
+    """The device of one rank: a GPU each."""
+    if not where.startswith("cuda"):
+        return where
+    if local_index >= torch.cuda.device_count():
+        raise ConfigError(
+            found=f"{size} training ranks and {torch.cuda.device_count()} CUDA devices",
+            expected="a device for every rank of this machine",
+            todo="lower ranks in params.yaml, or start torchrun on more machines",
+        )
+    torch.cuda.set_device(local_index)
+    return f"cuda:{local_index}"
