@@ -19,6 +19,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ Sharding = Literal["ddp", "fsdp"]
 
 TIMEOUT = timedelta(minutes=10)
 """Of one collective: the slowest rank may be decoding a part or writing a checkpoint."""
+PARENT_PORT = "LKCACHE_RANKS_PORT"  # of the store that children of a stage meet at
+POLL_S = 0.05
 END_S = 30.0  # for children to end by themselves after the last collective
 
 
@@ -64,7 +67,7 @@ class Ranks:
         if self.sharding == "ddp":
             from torch.nn.parallel import DistributedDataParallel
 
-            return DistributedDataParallel(model, broadcast_buffers=False)
+            return DistributedDataParallel(model)
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
@@ -176,6 +179,8 @@ class Ranks:
         """Give a sharded model's modules their whole parameters back, equal on all ranks."""
         if not self.shards:
             return
+        sharded: Any = model
+        sharded.reshard()  # a last pass without gradients leaves gathered copies in their place
         for module in model.modules():
             for name, p in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(whole(p), requires_grad=p.requires_grad))
@@ -212,43 +217,62 @@ def open_ranks(size: int, *, where: str, sharding: Sharding, module: str) -> Ite
         return
     index = int(os.environ.get("RANK", "0"))
     place = _place(where, int(os.environ.get("LOCAL_RANK", str(index))), size)
-    store = None if named else _own_store(size)
-    children = [] if store is None else _start(size, module, store.port)
-    torch.distributed.init_process_group(
-        "nccl" if place.startswith("cuda") else "gloo",
-        rank=index,
-        world_size=size,
-        store=store or _parents_store(size),
-        timeout=TIMEOUT,
-    )
+    store, children = (None, []) if named else _launch(size, module)
     try:
+        _await_children(store, children)
+        torch.distributed.init_process_group(
+            "nccl" if place.startswith("cuda") else "gloo",
+            rank=index,
+            world_size=size,
+            store=store or _parents_store(size),
+            timeout=TIMEOUT,
+        )
         yield Ranks(index, size, place, sharding)
         for child in children:
             child.wait(END_S)
     except (RuntimeError, subprocess.TimeoutExpired) as error:
-        ended = [n for n, c in enumerate(children, 1) if c.poll()]
-        if isinstance(error, RuntimeError) and not ended:
+        ended = [str(n) for n, child in enumerate(children, 1) if _ended(child)]
+        if not ended:
             raise
-        which = ", ".join(map(str, ended)) or "1 or later"
         raise WorkspaceError(
-            found=f"training rank {which} of {size} ended early",
+            found=f"training rank {', '.join(ended)} of {size} ended early",
             expected="ranks that live as long as the first",
             todo="see what it said above and run dvc repro: training goes on from its checkpoint",
-        ) from None
+        ) from error
     finally:
         for child in children:
             child.kill()
             child.wait()
-        torch.distributed.destroy_process_group()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
-PARENT_PORT = "LKCACHE_RANKS_PORT"
-
-
-def _own_store(size: int) -> Any:
-    """A store at a free port, for children of this process."""
+def _launch(size: int, module: str) -> tuple[Any, list[subprocess.Popen[bytes]]]:
+    """A store at a free port, and the children that are told of it."""
     untyped: Any = torch.distributed
-    return untyped.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
+    store = untyped.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
+    return store, _start(size, module, store.port)
+
+
+def _await_children(store: Any, children: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Wait until all have found the store; joining would wait for a dead one for minutes."""
+    joined = [_joined(index) for index in range(1, len(children) + 1)]
+    while children and not store.check(joined):
+        if any(child.poll() is not None for child in children):
+            raise RuntimeError("a rank ended before it joined")
+        time.sleep(POLL_S)
+
+
+def _ended(child: subprocess.Popen[bytes]) -> bool:
+    """Whether a child is gone, or goes within a moment: its socket closes before it is reaped."""
+    try:
+        return child.wait(1.0) != 0
+    except subprocess.TimeoutExpired:
+        return False
+
+
+def _joined(index: int) -> str:
+    return f"joined-{index}"
 
 
 def _parents_store(size: int) -> Any:
@@ -256,7 +280,9 @@ def _parents_store(size: int) -> Any:
     if PARENT_PORT not in os.environ:
         return None
     untyped: Any = torch.distributed
-    return untyped.TCPStore("127.0.0.1", int(os.environ[PARENT_PORT]), size)
+    store = untyped.TCPStore("127.0.0.1", int(os.environ[PARENT_PORT]), size)
+    store.set(_joined(int(os.environ["RANK"])), "")
+    return store
 
 
 def _start(size: int, module: str, port: int) -> list[subprocess.Popen[bytes]]:

@@ -25,12 +25,12 @@ STEPS = 10
 KINDS = ("lm", "medusa", "eagle3")
 
 
-def curve(kind: str, folder: Path) -> dict[str, Any]:
-    """The losses of a run from scratch under lk_lambda on `folder`'s cache, and its weights."""
+def inputs_of(kind: str, folder: Path | None) -> Inputs:
+    """A draft of the tests' project on the cache in `folder`, which is its own held-out cache."""
     module, g = find(kind), torch.Generator().manual_seed(3)
     embed, head = (torch.randn(V, D, generator=g) for _ in range(2))
-    cache = Cache.open(folder / "train.zarr")
-    inputs = Inputs(
+    cache: Any = Cache.open(folder / "train.zarr") if folder else None
+    return Inputs(
         section=module.Config(**PARAMS["drafts"][kind]),
         model=module.Model,
         shape=Shape(V, D),
@@ -39,11 +39,22 @@ def curve(kind: str, folder: Path) -> dict[str, Any]:
         heldout=cache,
         source={},
     )
-    draft, loss = inputs.fresh(0), find_loss("lk_lambda")
+
+
+def loss_of(kind: str, **parameters: float) -> Any:
+    """A loss with its config bound."""
+    module = find_loss(kind)
+    return partial(module.loss, config=module.Config(kind=kind, **parameters))
+
+
+def curve(kind: str, folder: Path) -> dict[str, Any]:
+    """The losses of a run from scratch under lk_lambda on `folder`'s cache, and its weights."""
+    inputs = inputs_of(kind, folder)
+    draft = inputs.fresh(0)
     fitted = fit_from_cache(
         draft,
         inputs,
-        loss=partial(loss.loss, config=loss.Config(kind="lk_lambda", eta=3.0)),
+        loss=loss_of("lk_lambda", eta=3.0),
         config=FitConfig(**{**FIT, "steps": STEPS, "log_every": 1}),
         seed=0,
         stage="train",
