@@ -1,10 +1,9 @@
 """Does the reader hold training up? Steps from the cache against the same steps from memory.
 
-One epoch of each draft, as `stages.warmup` trains it, three ways in turn over some rounds: batches
-collated beforehand and held in memory; from the cache with the next batches made in a thread, as
-training does; from the cache in the loop itself. The cache is opened anew each time and keeps no
-decoded part, so an epoch pays for its digests and its decoding as one of a cache larger than memory
-would. CPU time of the process, threads included, stands beside the clock: on a shared machine the
+Half an epoch of each draft of `params.yaml`, three ways in turn over some rounds: batches collated
+beforehand and held in memory; from the cache with the next batches made in a thread, as training
+does; from the cache in the loop itself. The cache is opened anew each time and keeps no decoded
+part, so its digests and decoding are paid as for one larger than memory. CPU time of the process, threads included, stands beside the clock: on a shared machine the
 clock measures the neighbours. All three must end at the same weights. Writes `training.md`.
 
     python benchmarks/training.py PROJECT [ROUNDS]
@@ -31,20 +30,25 @@ from pipeline.prefetch import prefetched
 from pipeline.train import FitConfig, Inputs, fit, open_inputs
 from storage.reader import Cache
 
-DRAFTS = {"lm": "lm", "lm_wide": "lm", "medusa": "medusa", "eagle3": "eagle3"}
+KINDS = ("lm", "medusa", "eagle3")
 WAYS = ("memory", "cache, prefetched", "cache, in the loop")
 
 
 class Taken(NamedTuple):
-    """One epoch."""
+    """One measurement."""
 
     clock: float
     cpu: float
     weights: bytes
 
 
+def half(inputs: Inputs, config: FitConfig) -> int:
+    """Steps of half an epoch."""
+    return inputs.train.num_sequences // config.batch_sequences // 2
+
+
 def read(inputs: Inputs, config: FitConfig, steps: int) -> Iterable[Batch]:
-    """An epoch's batches from a freshly opened cache that keeps nothing decoded."""
+    """Batches from a freshly opened cache that keeps nothing decoded."""
     cache = Cache.open(inputs.train.path, keep_bytes=0)
     return training_batches(
         cache,
@@ -56,9 +60,9 @@ def read(inputs: Inputs, config: FitConfig, steps: int) -> Iterable[Batch]:
     )
 
 
-def epoch(inputs: Inputs, config: FitConfig, way: str) -> Taken:
-    """Train a fresh draft for an epoch."""
-    steps = inputs.train.num_sequences // config.batch_sequences
+def run(inputs: Inputs, config: FitConfig, way: str) -> Taken:
+    """Train a fresh draft for half an epoch."""
+    steps = half(inputs, config)
     draft = inputs.fresh(0)
     held = heldout_batches(inputs.heldout, batch_sequences=1, sequences=1, needs=inputs.needs)
     batches = read(inputs, config, steps)
@@ -86,17 +90,16 @@ def epoch(inputs: Inputs, config: FitConfig, way: str) -> Taken:
     return Taken(*taken, weights)
 
 
-def rows(name: str, kind: str, rounds: int) -> list[str]:
-    """A table's rows for one draft: medians over rounds."""
-    inputs = open_inputs(name, kind, cache=Path("cache"), target=Path("target"))
+def rows(kind: str, rounds: int) -> list[str]:
+    """A table's rows for the draft named as its kind: medians over rounds."""
+    inputs = open_inputs(kind, kind, cache=Path("cache"), target=Path("target"))
     config: FitConfig = load("train", FitConfig)
     found: dict[str, list[Taken]] = {way: [] for way in WAYS}
     for _ in range(rounds):
         for way in WAYS:
-            found[way].append(epoch(inputs, config, way))
-    assert len({taken.weights for row in found.values() for taken in row}) == 1, name
-    steps = inputs.train.num_sequences // config.batch_sequences
-    made = []
+            found[way].append(run(inputs, config, way))
+    assert len({taken.weights for row in found.values() for taken in row}) == 1, kind
+    steps, made = half(inputs, config), []
     for way in WAYS:
         # of the same round: what the neighbours did meanwhile cancels in part
         pairs = list(zip(found["memory"], found[way], strict=True))
@@ -108,8 +111,8 @@ def rows(name: str, kind: str, rounds: int) -> list[str]:
             for x in ("clock", "cpu")
         }
         made.append(
-            f"| {name} | {way} | {1e3 * cpu / steps:.1f} | {ratio['cpu']:.2f} "
-            f"| {inputs.train.num_tokens / clock:,.0f} | {ratio['clock']:.2f} |"
+            f"| {kind} | {way} | {1e3 * cpu / steps:.1f} | {ratio['cpu']:.2f} "
+            f"| {inputs.train.num_tokens / 2 / clock:,.0f} | {ratio['clock']:.2f} |"
         )
     return made
 
@@ -122,15 +125,15 @@ def main() -> None:
     threads = load("train", FitConfig).threads
     torch.set_num_threads(threads)
     lines = [
-        f"An epoch of training under lk_lambda, medians of {rounds} rounds, three ways in turn;",
+        f"Half an epoch of training under lk_lambda, medians of {rounds} rounds, three ways in turn;",
         f"{os.cpu_count()} cores ({platform.machine()}, no GPU), {threads} thread(s); load average",
         f"{os.getloadavg()[0]:.1f} at the start. Equal weights from all three: yes.",
         "",
         "| draft | batches from | CPU ms a step | speed, CPU time | tokens/s | speed, clock |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
-    for name, kind in DRAFTS.items():
-        lines += rows(name, kind, rounds)
+    for kind in KINDS:
+        lines += rows(kind, rounds)
         print(*lines[-len(WAYS) :], sep="\n", flush=True)
     text = "\n".join(lines) + "\n"
     here.write_text(text, encoding="utf-8")

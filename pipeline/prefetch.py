@@ -11,7 +11,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-AHEAD = 2
+DEPTH = 2
 """Items held: one would do for a reader that is never slower, the second evens out a slow one."""
 POLL_S = 0.1  # how soon a closed iterator's thread notices
 
@@ -23,9 +23,9 @@ class _End:
         self.error = error
 
 
-def prefetched(items: Iterable[T], *, ahead: int = AHEAD) -> Generator[T, None, None]:
-    """Yield what `items` yields, up to `ahead` of them made in advance; close it to end early."""
-    queue: Queue[T | _End] = Queue(ahead)
+def prefetched(items: Iterable[T], *, depth: int = DEPTH) -> Generator[T, None, None]:
+    """Yield what `items` yields, up to `depth` of them made in advance; close it to end early."""
+    queue: Queue[T | _End] = Queue(depth)
     closed = threading.Event()
     thread = threading.Thread(target=_fill, args=(items, queue, closed), daemon=True)
     thread.start()

@@ -92,30 +92,24 @@ class Ranks:
             finally:
                 sharded.set_requires_gradient_sync(True)
 
-    def gather(
-        self, kl_SN: Tensor, alpha_SN: Tensor, mask_SN: Tensor, *, tokens: int
-    ) -> tuple[Tensor, Tensor, Tensor, int]:
-        """The terms of all ranks side by side, in the order of the sequences; tokens summed.
+    def gather(self, terms: tuple[Tensor, ...], *, tokens: int) -> tuple[tuple[Tensor, ...], int]:
+        """The terms [S, N] of all ranks side by side, in the order of ranks; tokens summed.
 
-        mask_SN masks the end of each row alone, as `depth_terms` makes it.
+        terms: of one shape; float64, or bool as the mask is. What pads a rank's N is masked.
         """
         if self.size == 1:
-            return kl_SN, alpha_SN, mask_SN, tokens
-        own = torch.tensor([*mask_SN.sum(-1).tolist(), tokens], device=kl_SN.device)
-        counts_RS = self._all(own)
-        tokens, counts_RS = int(counts_RS[:, -1].sum()), counts_RS[:, :-1]
-        width = int(counts_RS.max())
-        wider = (0, width - kl_SN.shape[1])
-        kl_SN, alpha_SN = pad(kl_SN, wider), pad(alpha_SN, wider)
-        kls, alphas = (list(x.unbind(0)) for x in self._all_of(kl_SN, alpha_SN))
-        kls[self.index], alphas[self.index] = kl_SN, alpha_SN
-        columns = torch.arange(width, device=kl_SN.device)
-        masks = (columns < counts_RS[:, :, None]).unbind(0)
-        return torch.cat(kls, 1), torch.cat(alphas, 1), torch.cat(masks, 1), tokens
-
-    def _all_of(self, *tensors: Tensor) -> Iterator[Tensor]:
-        """[R, ...] each, of tensors of one shape and dtype, in one exchange."""
-        return iter(self._all(torch.stack(tensors).detach()).unbind(1))
+            return terms, tokens
+        own_N = terms[0].shape[1]
+        sizes = self._all(torch.tensor([own_N, tokens], device=terms[0].device))
+        width = int(sizes[:, 0].max())
+        wide = [pad(x, (0, width - own_N)) for x in terms]
+        found = self._all(torch.stack([x.detach().double() for x in wide]))
+        joined = []
+        for mine, others in zip(wide, found.unbind(1), strict=True):
+            columns = [x.to(mine.dtype) for x in others]
+            columns[self.index] = mine  # with its graph
+            joined.append(torch.cat(columns, 1))
+        return tuple(joined), int(sizes[:, 1].sum())
 
     def _all(self, x: Tensor) -> Tensor:
         """[R, ...]: every rank's x, of one shape."""

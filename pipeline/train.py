@@ -439,16 +439,15 @@ class _Update:
         """Terms and loss of all ranks, gradients of the own."""
         with self.ranks.accumulating(self.model, last=last):
             own = self.model(batch, self.depth)
-            kl_SN, alpha_SN, mask_SN, tokens = self.ranks.gather(
-                *own, tokens=int(batch.length.sum())
-            )
+            seen, tokens = self.ranks.gather(own, tokens=int(batch.length.sum()))
+            kl_SN, alpha_SN, mask_SN = seen
             loss_SN = self.loss(kl_SN, alpha_SN, mask_SN)
             total = reduce(loss_SN, mask_SN, depth_decay=self.config.depth_decay)
-            seen = Means.of((kl_SN, alpha_SN, mask_SN, tokens), total)
-            if _sound(seen.loss) and total.requires_grad:
+            means = Means.of((kl_SN, alpha_SN, mask_SN, tokens), total)
+            if _sound(means.loss) and total.requires_grad:
                 # ranks' gradients are averaged (DDP, FSDP2), and their sum is what is wanted
                 (total * (self.ranks.size / self.passes)).backward()
-        return seen
+        return means
 
 
 def _sound(loss: float) -> bool:

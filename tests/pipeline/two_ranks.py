@@ -80,7 +80,7 @@ def one_sided(ranks: Ranks) -> list[float]:
     draft = inputs.fresh(0)
     model = ranks.wrap(_Pass(draft, torch.float32))
     own = made[ranks.index :: ranks.size]
-    kl, _, mask, _ = ranks.gather(*model(collate(own, LAYOUT), 1), tokens=0)
+    (kl, _, mask), _ = ranks.gather(model(collate(own, LAYOUT), 1), tokens=0)
     assert mask.sum() == 3
     ((kl * mask).sum() * ranks.size).backward()
     grads = [p.grad for p in draft.parameters()]
