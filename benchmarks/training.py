@@ -3,8 +3,9 @@
 Half an epoch of each draft of `params.yaml`, three ways in turn over some rounds: batches collated
 beforehand and held in memory; from the cache with the next batches made in a thread, as training
 does; from the cache in the loop itself. The cache is opened anew each time and keeps no decoded
-part, so its digests and decoding are paid as for one larger than memory. CPU time of the process, threads included, stands beside the clock: on a shared machine the
-clock measures the neighbours. All three must end at the same weights. Writes `training.md`.
+part, so its digests and decoding are paid as for one larger than memory. CPU time of the process,
+threads included, stands beside the clock: on a shared machine the clock measures the neighbours.
+All three must end at the same weights. Writes `training.md`.
 
     python benchmarks/training.py PROJECT [ROUNDS]
 """
@@ -125,7 +126,7 @@ def main() -> None:
     threads = load("train", FitConfig).threads
     torch.set_num_threads(threads)
     lines = [
-        f"Half an epoch of training under lk_lambda, medians of {rounds} rounds, three ways in turn;",
+        f"Half an epoch under lk_lambda, medians of {rounds} rounds, the three ways in turn;",
         f"{os.cpu_count()} cores ({platform.machine()}, no GPU), {threads} thread(s); load average",
         f"{os.getloadavg()[0]:.1f} at the start. Equal weights from all three: yes.",
         "",

@@ -64,9 +64,13 @@ class Keeper:
     def save(self, tensors: Mapping[str, Tensor], loop: Mapping[str, Any]) -> None:
         """Gather and write everything; called by all ranks, written by the first."""
         began = time.monotonic()
-        gathered = {name: whole(tensor) for name, tensor in tensors.items()}
+        gathered = generators()
+        for name, tensor in tensors.items():
+            value = whole(tensor)  # one at a time: a rank's memory need not hold them all
+            if self._ranks.first:
+                gathered[name] = value.cpu()
         if self._ranks.first and self._folder is not None:
-            _write(self._folder, {**gathered, **generators()}, loop)
+            _write(self._folder, gathered, loop)
         self._next = time.monotonic() + max(EVERY_S, SHARE * (time.monotonic() - began))
 
     def read(self) -> Saved | None:
@@ -96,8 +100,7 @@ def set_generator(name: str, state: Tensor) -> None:
 def _write(folder: Path, tensors: Mapping[str, Tensor], loop: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"step-{loop['step']}.safetensors"
-    on_disk = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    save_file(on_disk, file)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
     sync(file)
     write_json(
         folder / STATE,
