@@ -8,7 +8,7 @@ Dims: B sequences, T tokens (padded), R law rows, E entries, L captured layers, 
 Knows no draft: what one needs arrives as `Needs`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 
 import numpy as np
@@ -67,12 +67,17 @@ def training_batches(
     needs: Needs,
     stage: str = "train",
     device: str = "cpu",
+    micro_batch_sequences: int | None = None,
+    first_step: int = 0,
+    rank: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
-    """`steps` batches of `batch_sequences` sequences, epoch after epoch, each in its own order.
+    """The passes of steps `first_step` … `steps` − 1, epoch after epoch, each in its own order.
 
-    What is left of an epoch opens the first batch of the next one: nothing is dropped. The order
-    comes from `seed` and `stage`, so that training does not repeat the warm-up's; `DraftError`
-    where the cache lacks what the draft needs or holds nothing.
+    A step reads the next `batch_sequences` sequences in passes of `micro_batch_sequences` (None:
+    all at once; it divides them), of which rank r of R takes the r-th share. What is left of an
+    epoch opens the first batch of the next one: nothing is dropped. The order comes from `seed` and
+    `stage`, so that training does not repeat the warm-up's; `DraftError` where the cache lacks what
+    the draft needs or holds nothing.
     """
     require(cache.layout, needs)
     if not cache.num_sequences:
@@ -81,27 +86,75 @@ def training_batches(
             expected="at least one to train from",
             todo="check prepare and generate, then run dvc repro",
         )
-    records = _endless(cache, (seed, stage), arrays(cache.layout, needs))
-    for _ in range(steps):
-        yield collate(list(islice(records, batch_sequences)), cache.layout, device=device)
+    micro = micro_batch_sequences or batch_sequences
+    assert batch_sequences % micro == 0, (batch_sequences, micro)
+    own = range(micro * rank[0] // rank[1], micro * (rank[0] + 1) // rank[1])
+    records = _endless(
+        cache,
+        (seed, stage),
+        arrays(cache.layout, needs),
+        first=first_step * batch_sequences,
+        wanted=lambda place: place % micro in own,
+    )
+    for _ in range((steps - first_step) * (batch_sequences // micro)):
+        yield collate(list(islice(records, len(own))), cache.layout, device=device)
 
 
-def _endless(cache: Cache, key: tuple[int, str], names: set[str]) -> Iterator[Record]:
-    seed, stage = key
-    for number in count():
+def _endless(
+    cache: Cache,
+    key: tuple[int, str],
+    names: set[str],
+    *,
+    first: int,
+    wanted: Callable[[int], bool],
+) -> Iterator[Record]:
+    """Sequences of epoch after epoch, from place `first` of that stream on, those `wanted` alone.
+
+    What stands before `first`, and what other ranks read, is never decoded for its own sake.
+    """
+    (seed, stage), num = key, cache.num_sequences
+    for number in count(first // num):
         epoch_seed = int(rng(seed, stage, "epoch", number).integers(2**31))
-        yield from cache.epoch(epoch_seed, arrays=names)
+        place = count(number * num)
+        for run in epoch_runs(cache, epoch_seed):
+            own = [i for i, p in zip(run.tolist(), place, strict=False) if p >= first and wanted(p)]
+            yield from cache.records(own, arrays=names)
+
+
+def epoch_runs(cache: Cache, seed: int) -> Iterator[NDArray[np.int64]]:
+    """The order of `Cache.epoch(seed)`: the indices of one part after another, shuffled within."""
+    counts = [part.counts["sequence"] for part in cache.manifest.parts]
+    start = np.cumsum([0, *counts], dtype=np.int64)
+    shuffle = np.random.default_rng(seed)
+    for part in shuffle.permutation(len(counts)):
+        yield start[part] + shuffle.permutation(counts[part])
 
 
 def heldout_batches(
-    cache: Cache, *, batch_sequences: int, sequences: int, needs: Needs, device: str = "cpu"
+    cache: Cache,
+    *,
+    batch_sequences: int,
+    sequences: int,
+    needs: Needs,
+    device: str = "cpu",
+    rank: tuple[int, int] = (0, 1),
 ) -> list[Batch]:
-    """Fixed batches of `sequences` records spread evenly over a cache, for early evaluation."""
+    """Fixed batches of `sequences` records spread evenly over a cache, for early evaluation.
+
+    Rank r of R takes every R-th of them; `DraftError` where there are fewer than ranks.
+    """
     require(cache.layout, needs)
     num = min(sequences, cache.num_sequences)
+    if num < rank[1]:
+        raise DraftError(
+            found=f"{num} held-out sequences for {rank[1]} training ranks",
+            expected="at least one a rank",
+            todo="raise heldout_sequences, hold more prompts out, or lower ranks in params.yaml",
+        )
     chosen = [i * cache.num_sequences // num for i in range(num)]
-    records = cache.records(chosen, arrays=arrays(cache.layout, needs))
-    groups = [records[a : a + batch_sequences] for a in range(0, num, batch_sequences)]
+    records = cache.records(chosen[rank[0] :: rank[1]], arrays=arrays(cache.layout, needs))
+    size = -(-batch_sequences // rank[1])
+    groups = [records[a : a + size] for a in range(0, len(records), size)]
     return [collate(group, cache.layout, device=device) for group in groups]
 
 

@@ -50,7 +50,8 @@ def run(stage: str, main: Callable[[], None]) -> None:
             "finished work is kept.",
         )
     finally:
-        _record(cell, started, outcome)
+        if os.environ.get("RANK", "0") == "0":  # of training processes, one records
+            _record(cell, started, outcome)
 
 
 def _stop(stage: str, sentence: str) -> None:

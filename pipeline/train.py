@@ -2,22 +2,28 @@
 
 The loop knows neither a draft's architecture nor a loss's equation: depth after depth of logits
 goes through `pipeline.terms`, the loss mixes the terms, `pipeline.loss.reduce` weighs the depths.
-Two runs of equal arguments give equal bits on one machine; so do the data order, the number of
-steps and the rate of all losses of a draft and seed (DESIGN §6).
+Two runs of equal arguments give equal bits on one machine, whether or not one of them was killed
+and went on; so do the data order, the number of steps and the rate of all losses of a draft and
+seed (DESIGN §6).
+
+A step averages the losses of its passes, micro-batches of `micro_batch_sequences`; several ranks
+share each pass, and its loss is that of all their anchors together (`pipeline.ranks`).
 
 Dims: S depths, N supervised anchors (padded over depths), V vocabulary.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from pipeline.batch import Batch
@@ -27,6 +33,9 @@ from pipeline.draft import Draft, DraftConfig, Needs, find
 from pipeline.interface import Interface, Shape
 from pipeline.loss import DepthWeights, align, reduce
 from pipeline.optimizer import AdamW, learning_rate
+from pipeline.prefetch import prefetched
+from pipeline.ranks import Ranks, Sharding
+from pipeline.resume import Keeper, Saved
 from pipeline.target import read_interface, read_spec
 from pipeline.terms import terms
 from pipeline.vocab import draft_vocabulary
@@ -45,6 +54,9 @@ Loss = Callable[..., Tensor]
 """(kl_SN, alpha_SN, mask_SN, *extra_SN) -> loss_SN: one of `pipeline.losses`, its config bound."""
 
 Positive = Annotated[int, Field(gt=0)]
+Terms = tuple[Tensor, Tensor, Tensor, int]
+"""kl_SN, alpha_SN, mask_SN, and the tokens read."""
+ALONE = Ranks()
 
 
 class FitConfig(Strict):
@@ -58,6 +70,9 @@ class FitConfig(Strict):
     lr_final: Annotated[float, Field(ge=0, le=1)]
     """Rate of the last step, as a share of the peak."""
     batch_sequences: Positive
+    """Of a step, whatever the number of passes and ranks."""
+    micro_batch_sequences: Positive | None
+    """Of a pass; bounds memory. The losses of a step's passes are averaged. null: one pass."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
     weight_decay: Annotated[float, Field(ge=0)]
     clip: Annotated[float, Field(gt=0)]
@@ -69,15 +84,34 @@ class FitConfig(Strict):
     heldout_sequences: Positive
     """Of the held-out cache, for early evaluation; the score is `evaluate`'s."""
     log_every: Positive
+    dtype: Literal["float32", "bfloat16"]
+    """Of products and activations (autocast); weights, moments and terms stay float32 or wider."""
+    ranks: Positive
+    """Processes that share a pass, a GPU each; they order the additions, so results know them."""
+    sharding: Sharding
+    """What a rank holds: ddp, all weights; fsdp, a slice of weights, gradients and moments."""
     threads: Positive
 
     @model_validator(mode="after")
-    def _decay_is_read(self) -> "FitConfig":
+    def _decay_is_read(self) -> Self:
         if self.depth_weights != "decay" and self.depth_decay != 1:
             raise ValueError(
                 f"depth_decay 1.0 with depth_weights {self.depth_weights}, which does not read it"
             )
         return self
+
+    @model_validator(mode="after")
+    def _passes_fit(self) -> Self:
+        if self.batch_sequences % self.pass_sequences:
+            raise ValueError("micro_batch_sequences divides batch_sequences")
+        if self.ranks > min(self.pass_sequences, self.heldout_sequences):
+            raise ValueError("a pass and the held-out look have a sequence for each of the ranks")
+        return self
+
+    @property
+    def pass_sequences(self) -> int:
+        """Sequences of one pass, all ranks together."""
+        return self.micro_batch_sequences or self.batch_sequences
 
 
 class WarmupConfig(FitConfig):
@@ -158,20 +192,56 @@ class Means:
     alpha: float = 0.0
     pairs: int = 0
     uncovered: int = 0
+    tokens: int = 0
 
-    def add(self, loss: float, kl_SN: Tensor, alpha_SN: Tensor, mask_SN: Tensor) -> None:
-        """Count one batch; kl and alpha are summed over its supervised pairs of all depths."""
-        self.loss += loss
-        self.steps += 1
-        self.kl += torch.where(mask_SN, kl_SN, 0.0).sum().item()
-        self.alpha += torch.where(mask_SN, alpha_SN, 0.0).sum().item()
-        self.pairs += int(mask_SN.sum())
-        self.uncovered += int((mask_SN & (alpha_SN == 0)).sum())
+    @classmethod
+    def of(cls, terms: "Terms", loss: Tensor | float = 0.0) -> "Means":
+        """One pass: kl and alpha are summed over its supervised pairs of all depths."""
+        kl_SN, alpha_SN, mask_SN, tokens = terms
+        sums = torch.stack(
+            [
+                torch.as_tensor(loss, dtype=kl_SN.dtype, device=kl_SN.device),
+                torch.where(mask_SN, kl_SN, 0.0).sum(),
+                torch.where(mask_SN, alpha_SN, 0.0).sum(),
+                mask_SN.sum(),
+                (mask_SN & (alpha_SN == 0)).sum(),
+            ]
+        ).tolist()  # one wait for the device
+        pairs, uncovered = (round(x) for x in sums[3:])
+        return cls(sums[0], 0, sums[1], sums[2], pairs, uncovered, tokens)
+
+    def add(self, other: "Means") -> None:
+        """Sum field by field."""
+        for name in (f.name for f in fields(self)):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def row(self) -> dict[str, float]:
         """Mean loss of a step, mean KL and α of a pair."""
         steps, pairs = max(1, self.steps), max(1, self.pairs)
         return {"loss": self.loss / steps, "kl": self.kl / pairs, "alpha": self.alpha / pairs}
+
+
+@dataclass
+class Progress:
+    """Where the loop stands: all of its state but tensors, as plain values."""
+
+    step: int = 0
+    skipped: int = 0
+    """Steps without a supervised pair, which change nothing."""
+    seconds: float = 0.0
+    """Of earlier runs, which were killed."""
+    window: Means = field(default_factory=Means)
+    whole: Means = field(default_factory=Means)
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, saved: Saved | None) -> "Progress":
+        """The beginning, or where a killed run stood."""
+        if saved is None:
+            return cls()
+        loop = saved.loop
+        means = {name: Means(**loop[name]) for name in ("window", "whole")}
+        return cls(**{**loop, **means})
 
 
 @dataclass
@@ -214,21 +284,37 @@ def fit(
     lr_scale: float = 1.0,
     label: str = "train",
     extra: Sequence[str] = (),
+    ranks: Ranks = ALONE,
+    keeper: Keeper | None = None,
+    saved: Saved | None = None,
 ) -> Fitted:
-    """Train `draft` in place on the first `steps` batches; depth: S, `Draft.loss_depth`.
+    """Train `draft` in place up to step `steps`; depth: S, `Draft.loss_depth`.
 
-    extra: the terms that `loss` takes after the mask (`pipeline.loss.extra_terms`).
-    `DraftError` names the step and the sequences of a batch whose loss is not finite or explodes.
+    batches: this rank's share of the passes of all steps that `saved` lacks; extra: the terms that
+    `loss` takes after the mask (`pipeline.loss.extra_terms`). `DraftError` names the step and the
+    sequences of a batch whose loss is not finite or explodes.
     """
+    began = time.perf_counter()
+    progress = Progress.of(saved)
+    model = ranks.wrap(_Pass(draft, getattr(torch, config.dtype)))
+    trained = {name: p for name, p in draft.named_parameters() if p.requires_grad}
     optimizer = AdamW(
-        [p for p in draft.parameters() if p.requires_grad],
+        list(trained.values()),
         (config.betas[0], config.betas[1]),
         weight_decay=config.weight_decay,
+        total=ranks.total if ranks.shards else None,
+    )
+    state = _tensors(trained, optimizer)
+    if saved is not None:
+        saved.restore(state, ranks)
+        optimizer.step_count = progress.step - progress.skipped
+    update = _Update(
+        model, optimizer, loss=loss, depth=depth, config=config, extra=extra, ranks=ranks
     )
     looks = {math.ceil(steps * i / HELDOUT_POINTS) for i in range(1, HELDOUT_POINTS + 1)}
-    fitted, window, whole, tokens = Fitted(), Means(), Means(), 0
+    stream, passes, last = iter(batches), config.batch_sequences // config.pass_sequences, Means()
     draft.train()
-    for step, batch in enumerate(_shown(batches, steps, label), start=1):
+    for step in _shown(progress.step, steps, label, quiet=not ranks.first):
         lr = lr_scale * learning_rate(
             step - 1,
             steps=steps,
@@ -236,105 +322,192 @@ def fit(
             warmup=config.lr_warmup_steps,
             final=config.lr_final,
         )
-        value, seen = _step(
-            draft, batch, optimizer, loss=loss, depth=depth, config=config, lr=lr, extra=extra
-        )
-        if not math.isfinite(value) or value > EXPLODED:
-            raise _exploded(label, step, value, batch)
-        window.add(value, *seen)
-        whole.add(value, *seen)
-        tokens += int(batch.length.sum())
+        seen, ids = update(islice(stream, passes), lr)
+        if not _sound(seen.loss):
+            told = _exploded(label, step, seen.loss, ranks.texts(ids))
+            raise told if ranks.first else SystemExit(1)  # all ranks are here: one says so
+        progress.step, progress.skipped = step, progress.skipped + (seen.pairs == 0)
+        progress.window.add(seen)
+        progress.whole.add(seen)
         if step % config.log_every == 0 or step in looks or step == steps:
-            look = evaluate(draft, heldout, depth) if step in looks else {}
-            fitted.curve.append({"step": step, **window.row(), "lr": lr, **look})
-            last, window = window, Means()
+            look = (
+                evaluate(draft, heldout, depth, model=model, ranks=ranks) if step in looks else {}
+            )
+            progress.curve.append({"step": step, **progress.window.row(), "lr": lr, **look})
+            last, progress.window = progress.window, Means()
+        if keeper is not None and step < steps and keeper.due():
+            now = progress.seconds + time.perf_counter() - began
+            keeper.save(state, {**asdict(progress), "seconds": now})
     draft.eval()
     if not steps:
-        fitted.curve.append({"step": 0, **evaluate(draft, heldout, depth)})
-        last = Means()
-    fitted.metrics = _metrics(fitted.curve[-1], last, whole) | {
+        look = evaluate(draft, heldout, depth, model=model, ranks=ranks)
+        progress.curve.append({"step": 0, **look})
+    ranks.unwrap(model)
+    counts = {
         "steps": steps,
-        "tokens": tokens,
+        "tokens": progress.whole.tokens,
         "parameters": sum(p.numel() for p in draft.parameters() if p.requires_grad),
+        "skipped": progress.skipped,
     }
-    return fitted
+    metrics = _metrics(progress.curve[-1], last, progress.whole) | counts
+    return Fitted(progress.curve, metrics, progress.seconds + time.perf_counter() - began)
+
+
+class _Pass(nn.Module):
+    """A draft as what DDP and FSDP2 wrap: one forward pass, batch to terms."""
+
+    def __init__(self, draft: Draft, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.draft, self.dtype = draft, dtype
+
+    def forward(self, batch: Batch, depth: int, extra: Sequence[str] = ()) -> tuple[Tensor, ...]:
+        """`depth_terms` of this rank's sequences."""
+        return depth_terms(self.draft, batch, depth, extra, dtype=self.dtype)
 
 
 def depth_terms(
-    draft: Draft, batch: Batch, depth: int, extra: Sequence[str] = ()
+    draft: Draft,
+    batch: Batch,
+    depth: int,
+    extra: Sequence[str] = (),
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, ...]:
     """(kl_SN, alpha_SN, mask_SN, *extra_SN) of all depths, a column an anchor of depth 0.
 
     Anchors that a depth lacks are masked. Backward overwrites the logits, which nobody else holds.
+    dtype: bfloat16 runs the draft's products under autocast; terms are float32 or wider always.
     """
     assert batch.law is not None, "training reads the law"
     rows: list[tuple[Tensor, ...]] = []
     anchors = []
-    for k, logits_NV in enumerate(draft.training_logits(batch, depth)):
-        pairs = batch.pairs(k)
-        law = batch.law.take(pairs.row)
-        rows.append(terms(logits_NV, law, d2t=draft.d2t, extra=extra, in_place=True))
-        anchors.append(pairs.anchor)
+    half, place = dtype != torch.float32, batch.tokens.device.type
+    with torch.autocast(place, dtype) if half else nullcontext():
+        for k, logits_NV in enumerate(draft.training_logits(batch, depth)):
+            pairs = batch.pairs(k)
+            with torch.autocast(place, enabled=False) if half else nullcontext():
+                law = batch.law.take(pairs.row)
+                rows.append(terms(logits_NV, law, d2t=draft.d2t, extra=extra, in_place=True))
+            anchors.append(pairs.anchor)
     (kl_SN, mask_SN), (alpha_SN, _), *more = (align(x, anchors) for x in zip(*rows, strict=True))
     return kl_SN, alpha_SN, mask_SN, *(x_SN for x_SN, _ in more)
 
 
 @torch.no_grad()
-def evaluate(draft: Draft, batches: Sequence[Batch], depth: int) -> dict[str, float]:
-    """Mean KL and α̂ over the supervised pairs of fixed batches: heldout_kl, heldout_alpha."""
+def evaluate(
+    draft: Draft,
+    batches: Sequence[Batch],
+    depth: int,
+    *,
+    model: nn.Module | None = None,
+    ranks: Ranks = ALONE,
+) -> dict[str, float]:
+    """Mean KL and α̂ over the supervised pairs of fixed batches: heldout_kl, heldout_alpha.
+
+    model: the draft as `fit` wrapped it. Ranks take turns in step, each on batches of its own.
+    """
     training = draft.training
     draft.eval()
     means = Means()
-    for batch in batches:
-        kl_SN, alpha_SN, mask_SN = depth_terms(draft, batch, depth)
-        means.add(0.0, kl_SN, alpha_SN, mask_SN)
+    for turn in range(ranks.most(len(batches))):
+        # a rank that has run out repeats its last, uncounted: a sharded pass needs all ranks
+        batch = batches[min(turn, len(batches) - 1)]
+        kl_SN, alpha_SN, mask_SN = (
+            model(batch, depth) if model else depth_terms(draft, batch, depth)
+        )
+        if turn < len(batches):
+            means.add(Means.of((kl_SN, alpha_SN, mask_SN, 0)))
     draft.train(training)
-    row = means.row()
+    kl, alpha, pairs = ranks.sums([means.kl, means.alpha, means.pairs])
+    row = Means(kl=kl, alpha=alpha, pairs=round(pairs)).row()
     return {"heldout_kl": row["kl"], "heldout_alpha": row["alpha"]}
 
 
-def _step(
-    draft: Draft,
-    batch: Batch,
-    optimizer: AdamW,
-    *,
-    loss: Loss,
-    depth: int,
-    config: FitConfig,
-    lr: float,
-    extra: Sequence[str],
-) -> tuple[float, tuple[Tensor, Tensor, Tensor]]:
-    """One update; the loss, and the detached terms. A loss that is not finite updates nothing."""
-    optimizer.zero_grad()
-    kl_SN, alpha_SN, mask_SN, *more = depth_terms(draft, batch, depth, extra)
-    total = reduce(
-        loss(kl_SN, alpha_SN, mask_SN, *more),
-        mask_SN,
-        depth_decay=config.depth_decay,
-        depth_weights=config.depth_weights,
-        alpha_SN=alpha_SN,
-    )
-    value = total.item()
-    if math.isfinite(value) and value <= EXPLODED and total.requires_grad:
-        total.backward()
-        norm = optimizer.clip(config.clip)
-        if not math.isfinite(norm):
-            return math.nan, (kl_SN, alpha_SN, mask_SN)
-        optimizer.step(lr)
-    return value, (kl_SN.detach(), alpha_SN.detach(), mask_SN)
+class _Update:
+    """One step: the passes' losses, their gradients, the clipped update."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: AdamW,
+        *,
+        loss: Loss,
+        depth: int,
+        config: FitConfig,
+        extra: Sequence[str],
+        ranks: Ranks,
+    ) -> None:
+        self.model, self.optimizer, self.ranks = model, optimizer, ranks
+        self.loss, self.depth, self.config, self.extra = loss, depth, config, extra
+        self.passes = config.batch_sequences // config.pass_sequences
+
+    def __call__(self, batches: Iterable[Batch], lr: float) -> tuple[Means, list[str]]:
+        """What was seen, and the ids of this rank; a loss that is not finite updates nothing.
+
+        Nor does a step without a supervised pair: its gradient would be weight decay and momentum.
+        """
+        self.optimizer.zero_grad()
+        seen, ids = Means(), list[str]()
+        for number, batch in enumerate(batches, start=1):
+            ids += batch.ids
+            one = self._pass(batch, last=number == self.passes)
+            if not _sound(one.loss):
+                return one, ids
+            seen.add(one)
+        seen.steps, seen.loss = 1, seen.loss / self.passes
+        if seen.pairs and any(p.grad is not None for p in self.optimizer.params):
+            if not math.isfinite(self.optimizer.clip(self.config.clip)):
+                seen.loss = math.nan
+                return seen, ids
+            self.optimizer.step(lr)
+        return seen, ids
+
+    def _pass(self, batch: Batch, *, last: bool) -> Means:
+        """Terms and loss of all ranks, gradients of the own."""
+        with self.ranks.accumulating(self.model, last=last):
+            own = self.model(batch, self.depth, self.extra)
+            seen, tokens = self.ranks.gather(own, tokens=int(batch.length.sum()))
+            kl_SN, alpha_SN, mask_SN, *more = seen
+            total = reduce(
+                self.loss(kl_SN, alpha_SN, mask_SN, *more),
+                mask_SN,
+                depth_decay=self.config.depth_decay,
+                depth_weights=self.config.depth_weights,
+                alpha_SN=alpha_SN,
+            )
+            means = Means.of((kl_SN, alpha_SN, mask_SN, tokens), total)
+            if _sound(means.loss) and total.requires_grad:
+                # ranks' gradients are averaged (DDP, FSDP2), and their sum is what is wanted
+                (total * (self.ranks.size / self.passes)).backward()
+        return means
 
 
-def _shown(batches: Iterable[Batch], steps: int, label: str) -> Iterator[Batch]:
-    """The first `steps` batches under a progress line with rate and time left."""
-    with tqdm(total=steps, desc=label, unit="step", mininterval=1.0, disable=not steps) as line:
-        for _, batch in zip(range(steps), batches, strict=False):
-            yield batch
+def _sound(loss: float) -> bool:
+    return math.isfinite(loss) and loss <= EXPLODED
+
+
+def _tensors(trained: Mapping[str, nn.Parameter], optimizer: AdamW) -> dict[str, Tensor]:
+    """What a checkpoint holds: weights and moments, by the names of the parameters."""
+    found: dict[str, Tensor] = {f"weight.{name}": p for name, p in trained.items()}
+    for kind, tensors in (("mean", optimizer.mean), ("square", optimizer.square)):
+        found |= {f"{kind}.{name}": t for name, t in zip(trained, tensors, strict=True)}
+    return found
+
+
+def _shown(done: int, steps: int, label: str, *, quiet: bool) -> Iterator[int]:
+    """Steps done + 1 … steps under a progress line with rate and time left."""
+    off = quiet or not steps
+    with tqdm(
+        total=steps, initial=done, desc=label, unit="step", mininterval=1.0, disable=off
+    ) as line:
+        for step in range(done + 1, steps + 1):
+            yield step
             line.update()
 
 
-def _exploded(label: str, step: int, value: float, batch: Batch) -> DraftError:
+def _exploded(label: str, step: int, value: float, ids: Sequence[str]) -> DraftError:
     return DraftError(
-        found=f"{label}: loss {value:.3g} at step {step} on sequences {', '.join(batch.ids)}",
+        found=f"{label}: loss {value:.3g} at step {step} on sequences {', '.join(ids)}",
         expected=f"a finite loss of at most {EXPLODED:g} nats",
         todo="lower lr in params.yaml, or look at those sequences with lkcache inspect",
     )
@@ -363,39 +536,51 @@ def fit_from_cache(
     seed: int,
     stage: str,
     cell: str,
-    device: str = "cpu",
     extra: Sequence[str] = (),
+    ranks: Ranks = ALONE,
+    resume: Path | None = None,
 ) -> Fitted:
-    """`fit` on the training cache in the order of `seed` and `stage`; `draft` stays on `device`."""
+    """`fit` on the training cache in the order of `seed` and `stage`; `draft` stays on its device.
+
+    resume: the folder in which a killed run left its state and where this one leaves it; the first
+    rank's counts.
+    """
     steps = round(config.steps * inputs.section.steps_scale)
-    heldout = heldout_batches(
-        inputs.heldout,
-        batch_sequences=config.batch_sequences,
-        sequences=config.heldout_sequences,
-        needs=inputs.needs,
-        device=device,
-    )
+    needs, device, rank = inputs.needs, ranks.device, (ranks.index, ranks.size)
+    keeper = Keeper(resume, ranks)
+    saved = keeper.read()
     batches = training_batches(
         inputs.train,
         seed=seed,
         stage=stage,
         batch_sequences=config.batch_sequences,
+        micro_batch_sequences=config.micro_batch_sequences,
         steps=steps,
-        needs=inputs.needs,
+        first_step=Progress.of(saved).step,
+        needs=needs,
         device=device,
+        rank=rank,
     )
-    began = time.perf_counter()
-    fitted = fit(
-        draft.to(device),
-        batches,
-        heldout=heldout,
-        loss=loss,
-        config=config,
-        depth=inputs.depth,
-        steps=steps,
-        lr_scale=inputs.section.lr_scale,
-        label=f"{stage} {cell}",
-        extra=extra,
-    )
-    fitted.seconds = time.perf_counter() - began
-    return fitted
+    with closing(prefetched(batches)) as stream:
+        return fit(
+            draft.to(ranks.device),
+            stream,
+            heldout=heldout_batches(
+                inputs.heldout,
+                batch_sequences=config.batch_sequences,
+                sequences=config.heldout_sequences,
+                needs=needs,
+                device=device,
+                rank=rank,
+            ),
+            loss=loss,
+            config=config,
+            depth=inputs.depth,
+            steps=steps,
+            lr_scale=inputs.section.lr_scale,
+            label=f"{stage} {cell}",
+            extra=extra,
+            ranks=ranks,
+            keeper=keeper,
+            saved=saved,
+        )

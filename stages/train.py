@@ -1,7 +1,8 @@
 """Train one draft under one loss, from the warm-up's weights and the cache alone.
 
-`python -m stages.train <arm>`. All arms of a start see the same weights, data, steps and rate; only
-the loss differs. The target's body is never opened.
+`python -m stages.train <arm>`, which starts `train.ranks` processes, or `torchrun --nproc-per-node
+<ranks> -m stages.train <arm>`. All arms of a start see the same weights, data, steps and rate; only
+the loss differs. The target's body is never opened. A killed run goes on from its scratch.
 """
 
 import sys
@@ -16,6 +17,7 @@ from pipeline.config import load
 from pipeline.loss import extra_terms, find, require_law
 from pipeline.matrix import Arm, cell
 from pipeline.provenance import run
+from pipeline.ranks import open_ranks
 from pipeline.train import FitConfig, fit_from_cache, open_inputs, write_curve
 from storage.workspace import Workspace, digest, tree_digest, write_json
 
@@ -37,8 +39,11 @@ def main() -> None:
     parameters = [config.model_dump(), section, objective.model_dump(), arm.model_dump()]
     fingerprint = digest([parameters, inputs.source, tree_digest(begin)])
     outs = [model, curve, metrics, timing]
-    with Workspace("train", fingerprint, outs=outs, cell=key) as workspace:
-        fitted = fit_from_cache(
+    with open_ranks(
+        config.ranks, where=where, sharding=config.sharding, module="stages.train"
+    ) as ranks:
+        fit = partial(
+            fit_from_cache,
             draft,
             inputs,
             loss=partial(loss.loss, config=objective),
@@ -46,22 +51,31 @@ def main() -> None:
             seed=arm.seed,
             stage="train",
             cell=key,
-            device=where,
             extra=extra_terms(objective),
+            ranks=ranks,
         )
-        meta = {"draft": arm.draft, "objective": arm.objective, "loss": arm.loss, "seed": arm.seed}
-        meta |= inputs.reads
-        save_draft(
-            workspace.path(model),
-            draft,
-            config=section,
-            meta={**meta, **inputs.source},
-            shape=inputs.shape,
-        )
-        write_curve(workspace.path(curve), fitted.curve)
-        write_json(workspace.path(metrics), fitted.metrics)
-        write_json(workspace.path(timing), fitted.timing)
-        workspace.publish()
+        if not ranks.first:
+            fit()
+            return
+        with Workspace("train", fingerprint, outs=outs, cell=key) as workspace:
+            fitted = fit(resume=workspace.path(model).with_name("resume"))
+            meta = {
+                "draft": arm.draft,
+                "objective": arm.objective,
+                "loss": arm.loss,
+                "seed": arm.seed,
+            }
+            save_draft(
+                workspace.path(model),
+                draft,
+                config=section,
+                meta={**meta, **inputs.reads, **inputs.source},
+                shape=inputs.shape,
+            )
+            write_curve(workspace.path(curve), fitted.curve)
+            write_json(workspace.path(metrics), fitted.metrics)
+            write_json(workspace.path(timing), fitted.timing)
+            workspace.publish()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Train the KL start that all losses of a draft and seed share, from the cache alone.
 
-`python -m stages.warmup <start>`. `steps: 0` keeps the fresh draft, the paper's from-scratch
-recipe. The target's body is never opened.
+`python -m stages.warmup <start>`; ranks and resuming as in `stages.train`. `steps: 0` keeps the
+fresh draft, the paper's from-scratch recipe. The target's body is never opened.
 """
 
 import sys
@@ -17,6 +17,7 @@ from pipeline.draft import Draft
 from pipeline.losses import kl
 from pipeline.matrix import Start, cell
 from pipeline.provenance import run
+from pipeline.ranks import open_ranks
 from pipeline.target import read_spec
 from pipeline.train import Inputs, WarmupConfig, fit_from_cache, open_inputs, write_curve
 from pipeline.warm import begin
@@ -37,9 +38,12 @@ def main() -> None:
     model, curve, metrics = out / "model", out / "curve.csv", out / "metrics.json"
     fingerprint = digest([config.model_dump(), section, start.key, inputs.source])
     outs = [model, curve, metrics, timing]
-    with Workspace("warmup", fingerprint, outs=outs, cell=key) as workspace:
+    with open_ranks(
+        config.ranks, where=where, sharding=config.sharding, module="stages.warmup"
+    ) as ranks:
         draft = _draft(inputs, start.seed)
-        fitted = fit_from_cache(
+        fit = partial(
+            fit_from_cache,
             draft,
             inputs,
             loss=partial(kl.loss, config=kl.Config(kind="kl")),
@@ -47,15 +51,20 @@ def main() -> None:
             seed=start.seed,
             stage="warmup",
             cell=key,
-            device=where,
+            ranks=ranks,
         )
-        meta = {"draft": start.draft, "objective": "kl", "seed": start.seed, **inputs.source}
-        meta |= inputs.reads
-        save_draft(workspace.path(model), draft, config=section, meta=meta, shape=inputs.shape)
-        write_curve(workspace.path(curve), fitted.curve)
-        write_json(workspace.path(metrics), fitted.metrics)
-        write_json(workspace.path(timing), fitted.timing)
-        workspace.publish()
+        if not ranks.first:
+            fit()
+            return
+        with Workspace("warmup", fingerprint, outs=outs, cell=key) as workspace:
+            fitted = fit(resume=workspace.path(model).with_name("resume"))
+            meta = {"draft": start.draft, "objective": "kl", "seed": start.seed, **inputs.source}
+            meta |= inputs.reads
+            save_draft(workspace.path(model), draft, config=section, meta=meta, shape=inputs.shape)
+            write_curve(workspace.path(curve), fitted.curve)
+            write_json(workspace.path(metrics), fitted.metrics)
+            write_json(workspace.path(timing), fitted.timing)
+            workspace.publish()
 
 
 def _draft(inputs: Inputs, seed: int) -> Draft:

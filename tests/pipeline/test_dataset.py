@@ -11,6 +11,7 @@ from pipeline.batch import Batch
 from pipeline.dataset import (
     arrays,
     collate,
+    epoch_runs,
     heldout_batches,
     require,
     supervised_counts,
@@ -214,3 +215,55 @@ def test_an_empty_cache_is_refused(tmp_path: Path) -> None:
     batches = training_batches(cache, seed=0, batch_sequences=2, steps=1, needs=Needs())
     with pytest.raises(DraftError, match=r"a cache without sequences; expected at least one"):
         list(islice(batches, 1))
+
+
+def test_the_order_is_that_of_the_caches_own_epochs(tmp_path: Path) -> None:
+    write_cache(tmp_path / "c.zarr", num_sequences=20, part_tokens=100)
+    cache = Cache.open(tmp_path / "c.zarr")
+    assert cache.num_parts > 3
+    for seed in range(3):
+        order = [cache.ids[i] for run in epoch_runs(cache, seed) for i in run.tolist()]
+        assert order == [r.id for r in cache.epoch(seed, arrays={"tokens"})]
+
+
+def test_a_later_step_reads_what_an_unbroken_run_reads(tmp_path: Path) -> None:
+    write_cache(tmp_path / "c.zarr", num_sequences=10)
+    cache = Cache.open(tmp_path / "c.zarr")
+    plan = {"seed": 1, "batch_sequences": 4, "steps": 9, "needs": Needs()}
+    whole = [b.ids for b in training_batches(cache, **plan)]
+    for step in (1, 4, 8, 9):
+        assert [b.ids for b in training_batches(cache, **plan, first_step=step)] == whole[step:]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_passes_and_ranks_cut_the_same_steps(tmp_path: Path, ranks: int) -> None:
+    write_cache(tmp_path / "c.zarr", num_sequences=10)
+    cache = Cache.open(tmp_path / "c.zarr")
+    plan = {"seed": 1, "batch_sequences": 6, "steps": 4, "needs": Needs()}
+    whole = [b.ids for b in training_batches(cache, **plan)]
+    shares = [
+        [
+            b.ids
+            for b in training_batches(cache, **plan, micro_batch_sequences=3, rank=(rank, ranks))
+        ]
+        for rank in range(ranks)
+    ]
+    assert {len(share) for share in shares} == {8}
+    for step, ids in enumerate(whole):
+        passes = [sum((s[n] for s in shares), ()) for n in (2 * step, 2 * step + 1)]
+        assert passes == [ids[:3], ids[3:]]
+
+
+def test_ranks_share_the_held_out_sequences_and_none_goes_without(tmp_path: Path) -> None:
+    write_cache(tmp_path / "c.zarr", num_sequences=7)
+    cache = Cache.open(tmp_path / "c.zarr")
+    plan = {"batch_sequences": 4, "sequences": 7, "needs": Needs()}
+    alone = {i for b in heldout_batches(cache, **plan) for i in b.ids}
+    shares = [
+        [i for b in heldout_batches(cache, **plan, rank=(r, 3)) for i in b.ids] for r in range(3)
+    ]
+    assert sorted(i for share in shares for i in share) == sorted(alone)
+    with pytest.raises(
+        DraftError, match=r"7 held-out sequences for 8 training ranks; .* lower ranks"
+    ):
+        heldout_batches(cache, **plan, rank=(0, 8))

@@ -1,11 +1,15 @@
 """The training stage: arms of one start differ by their loss alone."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from pipeline.checkpoint import load_draft
 from pipeline.interface import Shape
@@ -85,6 +89,66 @@ def test_two_runs_give_the_same_bytes(
     assert digests[0] == digests[1]
     loaded = load_draft(out(f"{kind}-lk-0") / "model", read_interface(Path("target")), Shape(V, D))
     assert type(loaded).__module__ == f"pipeline.drafts.{kind}"
+
+
+# the stage itself, saving after every step, killed at its fourth
+KILLED = """
+import os, signal
+from pipeline import resume, train
+from stages import train as stage
+resume.EVERY_S, resume.SHARE, rate = 0.0, 0, train.learning_rate
+
+def dies(step, **course):
+    if step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rate(step, **course)
+
+train.learning_rate = dies
+stage.main()
+"""
+
+
+def test_a_killed_stage_goes_on_to_the_bytes_of_an_unbroken_one(
+    warmed: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    stage(train, "lm-lk-0", monkeypatch)
+    unbroken = tree_digest(Path("drafts"))
+    Path("drafts").rename("elsewhere")  # as DVC does before it runs a stage again
+    env = {**os.environ, "PYTHONPATH": str(request.config.rootpath)}
+    code = [sys.executable, "-c", KILLED, "lm-lk-0"]
+    died = subprocess.run(code, env=env, capture_output=True, text=True, check=False)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    (state,) = Path(".scratch").glob("train-lm-lk-0/*/drafts/lm-0/lk/resume/resume.json")
+    assert json.loads(state.read_text())["loop"]["step"] == 3
+    assert not Path("drafts").exists()
+    stage(train, "lm-lk-0", monkeypatch)
+    assert tree_digest(Path("drafts")) == unbroken
+    assert not state.exists()
+
+
+def test_torchrun_trains_an_arm_on_two_ranks_and_one_writes(
+    warmed: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    stage(train, "lm-lk-0", monkeypatch)
+    alone = load_file(out("lm-lk-0") / "model" / "model.safetensors")
+    project(warmed / "two", monkeypatch, params=edit(PARAMS, train={"ranks": 2}))
+    Path("warmup").symlink_to(warmed / "warmup")
+    env = {**os.environ, "PYTHONPATH": str(request.config.rootpath)}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, "-m", "stages.train", "lm-lk-0"],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    both = load_file(out("lm-lk-0") / "model" / "model.safetensors")
+    for name, weight in alone.items():
+        # the order of float32 sums, four steps of AdamW later
+        torch.testing.assert_close(both[name], weight, rtol=1e-4, atol=1e-5)
+    record = json.loads(Path("runs", "train-lm-lk-0.json").read_text())
+    assert record["outcome"] == "done"
 
 
 def test_a_start_that_was_not_warmed_up_is_refused(

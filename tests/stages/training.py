@@ -24,6 +24,10 @@ FIT = {
     "depth_decay": 0.8,
     "heldout_sequences": 4,
     "log_every": 3,
+    "micro_batch_sequences": None,
+    "dtype": "float32",
+    "ranks": 1,
+    "sharding": "ddp",
     "threads": 1,
 }
 SCALE = {"lr_scale": 1.0, "steps_scale": 1.0}

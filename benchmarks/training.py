@@ -1,0 +1,145 @@
+"""Does the reader hold training up? Steps from the cache against the same steps from memory.
+
+Half an epoch of each draft of `params.yaml`, three ways in turn over some rounds: batches collated
+beforehand and held in memory; from the cache with the next batches made in a thread, as training
+does; from the cache in the loop itself. The cache is opened anew each time and keeps no decoded
+part, so its digests and decoding are paid as for one larger than memory. CPU time of the process,
+threads included, stands beside the clock: on a shared machine the clock measures the neighbours.
+All three must end at the same weights. Writes `training.md`.
+
+    python benchmarks/training.py PROJECT [ROUNDS]
+"""
+
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from pipeline.batch import Batch
+from pipeline.config import load
+from pipeline.dataset import heldout_batches, training_batches
+from pipeline.losses import lk_lambda
+from pipeline.prefetch import prefetched
+from pipeline.train import FitConfig, Inputs, fit, open_inputs
+from storage.reader import Cache
+
+KINDS = ("lm", "medusa", "eagle3")
+WAYS = ("memory", "cache, prefetched", "cache, in the loop")
+
+
+class Taken(NamedTuple):
+    """One measurement."""
+
+    clock: float
+    cpu: float
+    weights: bytes
+
+
+def half(inputs: Inputs, config: FitConfig) -> int:
+    """Steps of half an epoch."""
+    return inputs.train.num_sequences // config.batch_sequences // 2
+
+
+def read(inputs: Inputs, config: FitConfig, steps: int) -> Iterable[Batch]:
+    """Batches from a freshly opened cache that keeps nothing decoded."""
+    cache = Cache.open(inputs.train.path, keep_bytes=0)
+    return training_batches(
+        cache,
+        seed=0,
+        stage="warmup",
+        batch_sequences=config.batch_sequences,
+        steps=steps,
+        needs=inputs.needs,
+    )
+
+
+def run(inputs: Inputs, config: FitConfig, way: str) -> Taken:
+    """Train a fresh draft for half an epoch."""
+    steps = half(inputs, config)
+    draft = inputs.fresh(0)
+    held = heldout_batches(inputs.heldout, batch_sequences=1, sequences=1, needs=inputs.needs)
+    batches = read(inputs, config, steps)
+    if way == "memory":
+        batches = list(batches)
+    clock, cpu = time.perf_counter(), time.process_time()
+    if way == "cache, prefetched":
+        batches = prefetched(batches)
+    train = partial(
+        fit,
+        draft,
+        heldout=held,
+        loss=partial(lk_lambda.loss, config=lk_lambda.Config(kind="lk_lambda", eta=3.0)),
+        config=config,
+        depth=inputs.depth,
+        steps=steps,
+    )
+    if way == "cache, prefetched":
+        with closing(batches) as stream:
+            train(stream)
+    else:
+        train(batches)
+    taken = time.perf_counter() - clock, time.process_time() - cpu
+    weights = b"".join(t.numpy().tobytes() for _, t in sorted(draft.trainable().items()))
+    return Taken(*taken, weights)
+
+
+def rows(kind: str, rounds: int) -> list[str]:
+    """A table's rows for the draft named as its kind: medians over rounds."""
+    inputs = open_inputs(kind, kind, cache=Path("cache"), target=Path("target"))
+    config: FitConfig = load("train", FitConfig)
+    found: dict[str, list[Taken]] = {way: [] for way in WAYS}
+    for _ in range(rounds):
+        for way in WAYS:
+            found[way].append(run(inputs, config, way))
+    assert len({taken.weights for row in found.values() for taken in row}) == 1, kind
+    steps, made = half(inputs, config), []
+    for way in WAYS:
+        # of the same round: what the neighbours did meanwhile cancels in part
+        pairs = list(zip(found["memory"], found[way], strict=True))
+        clock, cpu = (
+            statistics.median(getattr(t, x) for t in found[way]) for x in ("clock", "cpu")
+        )
+        ratio = {
+            x: statistics.median(getattr(a, x) / getattr(b, x) for a, b in pairs)
+            for x in ("clock", "cpu")
+        }
+        made.append(
+            f"| {kind} | {way} | {1e3 * cpu / steps:.1f} | {ratio['cpu']:.2f} "
+            f"| {inputs.train.num_tokens / 2 / clock:,.0f} | {ratio['clock']:.2f} |"
+        )
+    return made
+
+
+def main() -> None:
+    """Measure every draft; write the table."""
+    rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 3
+    here = Path(__file__).with_suffix(".md")
+    os.chdir(sys.argv[1])
+    threads = load("train", FitConfig).threads
+    torch.set_num_threads(threads)
+    lines = [
+        f"Half an epoch under lk_lambda, medians of {rounds} rounds, the three ways in turn;",
+        f"{os.cpu_count()} cores ({platform.machine()}, no GPU), {threads} thread(s); load average",
+        f"{os.getloadavg()[0]:.1f} at the start. Equal weights from all three: yes.",
+        "",
+        "| draft | batches from | CPU ms a step | speed, CPU time | tokens/s | speed, clock |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for kind in KINDS:
+        lines += rows(kind, rounds)
+        print(*lines[-len(WAYS) :], sep="\n", flush=True)
+    text = "\n".join(lines) + "\n"
+    here.write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Golden files: what a change must not change unseen."""
