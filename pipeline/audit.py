@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pipeline.cluster import Cluster
 from pipeline.config import Strict
+from pipeline.provenance import Progress
 from pipeline.seeds import rng
 from pipeline.target import Target, resident_target
 from storage.codecs import decode_p, from_bf16_bits, p_error
@@ -128,10 +129,12 @@ def replay_all(units: Sequence[Sequence[Sample]], job: Job, cluster: Cluster) ->
     """The largest error of each kind by split; `CacheError` names the first one too large."""
     worst: dict[str, Errors] = defaultdict(dict)
     results = cluster.map(partial(replay_unit, job), units)
-    for unit, errors in zip(units, results, strict=True):
-        for sample, found in zip(unit, errors, strict=True):
-            known = worst[sample.split]
-            known.update({kind: max(x, known.get(kind, 0.0)) for kind, x in found.items()})
+    with Progress(sum(map(len, units)), "verify", unit="sequence") as line:
+        for unit, errors in zip(units, results, strict=True):
+            for sample, found in zip(unit, errors, strict=True):
+                known = worst[sample.split]
+                known.update({kind: max(x, known.get(kind, 0.0)) for kind, x in found.items()})
+            line.add(len(unit))
     return dict(worst)
 
 

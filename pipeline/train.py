@@ -19,7 +19,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from pipeline.batch import Batch
 from pipeline.config import Strict, load
@@ -28,6 +27,7 @@ from pipeline.draft import Draft, DraftConfig, Needs, find
 from pipeline.interface import Interface, Shape
 from pipeline.loss import reduce
 from pipeline.optimizer import AdamW, learning_rate
+from pipeline.provenance import Progress
 from pipeline.target import read_interface, read_spec
 from pipeline.terms import terms
 from pipeline.vocab import draft_vocabulary
@@ -295,10 +295,12 @@ def _step(
 
 def _shown(batches: Iterable[Batch], steps: int, label: str) -> Iterator[Batch]:
     """The first `steps` batches under a progress line with rate and time left."""
-    with tqdm(total=steps, desc=label, unit="step", mininterval=1.0, disable=not steps) as line:
+    if not steps:
+        return
+    with Progress(steps, label, unit="step") as line:
         for _, batch in zip(range(steps), batches, strict=False):
             yield batch
-            line.update()
+            line.add()
 
 
 def _exploded(label: str, step: int, value: float, batch: Batch) -> DraftError:

@@ -31,10 +31,7 @@ def main() -> None:
     with Workspace("verify", fingerprint, outs=[OUT]) as workspace:
         units = choose(CACHES, SEQUENCES, config)
         job = Job(TARGET.absolute(), spec.fingerprint, device(cluster), config)
-        # a process for a unit, at the most: they cost seconds to start
-        workers = min(cluster.workers, len(units))
-        cluster = cluster.model_copy(update={"workers": workers})
-        with open_cluster(cluster, threads=config.threads) as opened:
+        with open_cluster(cluster, threads=config.threads, units=len(units)) as opened:
             errors = replay_all(units, job, opened)
         splits = {
             split: {**coverage(cache), "replay_max_error": errors[split]}

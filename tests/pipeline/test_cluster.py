@@ -12,7 +12,7 @@ import pytest
 import torch
 from distributed.scheduler import KilledWorker
 
-from pipeline import cluster
+from pipeline import cluster, hosts
 from pipeline.cluster import Cluster, ClusterConfig, device, open_cluster
 from pipeline.config import parse
 from storage.errors import ConfigError, TargetError, WorkspaceError
@@ -97,8 +97,8 @@ def test_threads_are_given_back() -> None:
 def test_an_address_without_a_scheduler_is_named_in_time(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert 2 * cluster.CONNECT_S < 10
-    monkeypatch.setattr(cluster, "CONNECT_S", 0.5)
+    assert 2 * hosts.CONNECT_S < 10
+    monkeypatch.setattr(hosts, "CONNECT_S", 0.5)
     with (
         pytest.raises(ConfigError, match=f"no dask workers at cluster.address '{address}'"),
         open_cluster(config_of(address=address), threads=1),

@@ -43,7 +43,10 @@ def test_what_users_can_mend_is_a_sentence_and_exit_code_2(
     assert stop.value.code == 2
     assert said.startswith(f"capture: {sentence}")
     assert "Traceback" not in said
-    assert json.loads(Path("runs/capture.json").read_text())["outcome"] == "failed"
+    record = json.loads(Path("runs/capture.json").read_text())
+    assert record["outcome"] == "stopped" if error.args == () else "failed"
+    assert record["error"].startswith(sentence)
+    assert record["exit_code"] == 2
 
 
 def test_a_defect_of_ours_keeps_its_traceback(
