@@ -227,6 +227,7 @@ def _local(workers: int, threads: int) -> Iterator[Any]:
 def _elsewhere(config: ClusterConfig, threads: int) -> Iterator[Any]:
     """A client of workers that are not this process's own, checked before they get a unit."""
     import dask
+    import distributed  # noqa: F401  its own settings first, or they would go with these
 
     quiet()
     where = device(config)

@@ -314,7 +314,7 @@ def in_slurm(slurm: SlurmConfig, *, workers: int | None, threads: int) -> Iterat
             cluster = stack.enter_context(SLURMCluster(**slurm_options(slurm, threads=threads)))
         _require_accepted(cluster.job_script())
         client = stack.enter_context(distributed.Client(cluster))
-        cluster.adapt(minimum_jobs=count, maximum_jobs=count, interval="5 s")
+        cluster.adapt(minimum_jobs=count, maximum_jobs=count, interval="1 s")
         print(f"cluster: {count} SLURM jobs submitted; waiting for the first.", file=sys.stderr)
         try:
             client.wait_for_workers(1, timeout=slurm.wait_s)
