@@ -4,8 +4,8 @@
 
 The driver imports all packages once and forks per run: a run's time is the capture's own. A trial
 starts from nothing, is killed one to three times, and then runs to its end. Three kills of four are
-uniform over the time of an unbroken run; each fourth one falls into its last stretch, from the
-first seal to the last rename, which is short. Kept means: a part that was whole at a kill is the
+uniform over the time of an unbroken run; each fourth one is at a random file operation from the
+first seal on (seals and publication are short). Kept means: a part that was whole at a kill is the
 same folder (inode) in the finished cache.
 """
 
@@ -38,6 +38,7 @@ from storage.workspace import file_digest, file_names
 from tests.targets import write_params, write_project
 
 KILLS, SEED, MOST = 200, 0, 3
+OPERATIONS = ("fsync", "rename", "replace", "unlink", "rmdir")
 OUTS = [*capture.CACHES.values(), capture.METRICS]
 PHASES = ("before the first part", "between parts", "seal", "publication", "after it was complete")
 
@@ -98,25 +99,38 @@ def setup(project: Path) -> None:
     generate.main()
 
 
-def timed(project: Path) -> tuple[float, float]:
-    """Seconds of an unbroken run until its first seal, and in all."""
-    seals = project / "seal"
-    seals.unlink(missing_ok=True)
-    plain = capture.seal_cache
+def dying(operation: int) -> None:
+    """Capture, and die before the n-th file operation from the first seal on; never for -1."""
+    count, plain_seal = [0], capture.seal_cache
+
+    def counted(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            if count[0] == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count[0] += 1
+            return plain(*args, **options)
+
+        return call
 
     def seal(*args: Any, **options: Any) -> Any:
-        if not seals.exists():
-            seals.touch()
-        return plain(*args, **options)
+        if capture.seal_cache is seal:
+            capture.seal_cache = plain_seal
+            Path("sealed").touch()
+            for name in OPERATIONS:
+                setattr(os, name, counted(getattr(os, name)))
+        return plain_seal(*args, **options)
 
-    def main() -> None:
-        capture.seal_cache = seal
-        capture.main()
+    capture.seal_cache = seal
+    capture.main()
+    Path("operations").write_text(f"{count[0]}", encoding="utf-8")
 
+
+def timed(project: Path) -> tuple[float, float]:
+    """Seconds of an unbroken run until its first seal, and in all."""
     started = time.time()
-    finish(start(main, project), project)
+    finish(start(lambda: dying(-1), project), project)
     ended = time.time()
-    return seals.stat().st_ctime - started, ended - started
+    return (project / "sealed").stat().st_mtime - started, ended - started
 
 
 def reset(project: Path) -> None:
@@ -166,30 +180,33 @@ def campaign(kills: int, *, seed: int = SEED) -> dict[str, Any]:
         project = Path(folder)
         finish(start(lambda: setup(project), project), project)
         runs = []
-        for _ in range(3):
+        for _ in range(3 if kills >= KILLS else 1):
             reset(project)
             runs.append(timed(project))
         seal_s, whole_s = (statistics.median(times) for times in zip(*runs, strict=True))
         wanted = digests(project)
+        operations = int((project / "operations").read_text(encoding="utf-8"))
         while number < kills:
             reset(project)
             trials += 1
             seen: dict[str, int] = {}
             for _ in range(min(rng.randint(1, MOST), kills - number)):
-                low = seal_s if number % 4 == 3 else 0.0
-                delay_s = rng.uniform(low, whole_s)
-                pid = start(capture.main, project)
-                time.sleep(delay_s)
-                os.kill(pid, signal.SIGKILL)
+                if number % 4 == 3:
+                    last = rng.randrange(operations)
+                    pid = start(lambda last=last: dying(last), project)
+                else:
+                    pid = start(capture.main, project)
+                    time.sleep(rng.uniform(0, whole_s))
+                    os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
                 counts[phase(project)] += 1
                 number += 1
                 seen |= parts(project)
             finish(start(capture.main, project), project)
             identical += digests(project) == wanted
-            last = parts(project)
-            kept += sum(last[name] == inode for name, inode in seen.items())
-            again += sum(last[name] != inode for name, inode in seen.items())
+            final = parts(project)
+            kept += sum(final[name] == inode for name, inode in seen.items())
+            again += sum(final[name] != inode for name, inode in seen.items())
             print(f"\r{number} kills, {trials} trials, {identical} identical", end="", flush=True)
     print()
     return {
@@ -201,6 +218,7 @@ def campaign(kills: int, *, seed: int = SEED) -> dict[str, Any]:
         "again": again,
         "files": len(wanted),
         "seconds": (seal_s, whole_s),
+        "operations": operations,
     }
 
 
@@ -212,7 +230,8 @@ def table(found: dict[str, Any]) -> str:
         "",
         f"`python -m benchmarks.kills {found['kills']}`: {found['kills']} SIGKILLs of a tiny",
         f"capture in {found['trials']} trials of one to {MOST} kills each; {os.cpu_count()} cores,",
-        f"one worker. An unbroken run took {whole_s:.2f} s, its parts the first {seal_s:.2f} s.",
+        f"one worker. An unbroken run took {whole_s:.2f} s, its parts the first {seal_s:.2f} s. Each",
+        f"fourth kill is at a random one of the {found['operations']} file operations after them.",
         "",
         f"- finished caches equal to the unbroken run's, all {found['files']} files byte for byte:",
         f"  **{found['identical']} of {found['trials']}**",

@@ -108,6 +108,7 @@ def test_each_worker_gets_a_device_of_its_own(
     two: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    two._client.wait_for_workers(2, timeout=30)  # the killed one starts again
     pinned = Cluster(two._client, threads=1, visible=cluster._visible())
     seen = set(pinned.map(visible_device, range(8)))
     assert {device for device, _ in seen} == {"5", "7"}

@@ -159,7 +159,8 @@ def standing_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
         yield tools
     finally:
         if (tools / "sbatch.pid").exists():
-            subprocess.run(["kill", "-9", "--", f"-{(tools / 'sbatch.pid').read_text().strip()}"])
+            group = (tools / "sbatch.pid").read_text().strip()
+            subprocess.run(["kill", "-9", "--", f"-{group}"], check=False, capture_output=True)
 
 
 def test_units_run_in_slurm_jobs_that_are_cancelled_after(
