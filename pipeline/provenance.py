@@ -129,6 +129,7 @@ class _Record:
 
     def __init__(self, cell: str) -> None:
         self._path = RUNS / f"{cell}.json"
+        self._silent = os.environ.get("RANK", "0") != "0"  # of training processes, one records
         self._started = time.time()
         self._value: dict[str, Any] = {
             "cell": cell,
@@ -181,6 +182,8 @@ class _Record:
             "device": _device(),
         }
         self._write()
+        if self._silent:
+            return
         try:
             # one write of one line: cells that end together do not mix theirs
             with LOG.open("a", encoding="utf-8") as log:
@@ -189,6 +192,8 @@ class _Record:
             print(f"{LOG} was not written: {error}", file=sys.stderr)
 
     def _write(self) -> None:
+        if self._silent:
+            return
         try:
             write_json(self._path, self._value)
         except OSError as error:

@@ -24,6 +24,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -283,9 +284,10 @@ class Workspace:
         there = any((self._root / out).exists() for out in self.outs)
         if not self._keep_replaced or not there or stamp.get("fingerprint") == self.fingerprint:
             return {}
-        # outs without a stamp came from elsewhere (dvc checkout): each lot of them gets a folder
-        lots = 1 + sum(1 for _ in self._aside("").glob("unknown-*"))
-        return stamp or {"fingerprint": f"unknown-{lots}", "outs": {}}
+        # outs without a stamp came from elsewhere (dvc checkout): each lot of them gets a number
+        lots = (f"{number:016x}" for number in count(1))
+        free = next(lot for lot in lots if not self._aside(lot).exists())
+        return stamp or {"fingerprint": free, "outs": {}}
 
     def _aside(self, fingerprint: str) -> Path:
         return self._state / f"{self.name}.aside" / fingerprint[:16]
@@ -374,7 +376,7 @@ class Workspace:
             print(
                 f"{self.name}: the outs of other parameters or inputs "
                 f"({old['fingerprint'][:16]}) were moved to {folder}; "
-                "remove them, or lkcache clean, when they are not wanted.",
+                "lkcache clean lists and removes them.",
                 file=sys.stderr,
             )
         write_json(self._stamp, journal["stamp"])

@@ -123,7 +123,7 @@ def test_outs_of_another_fingerprint_are_moved_aside_and_come_back(
     keep(tmp_path, "new", "b" * 64)
     aside = tmp_path / ".scratch" / "prepare.aside"
     said = capsys.readouterr().err
-    assert f"({'a' * 16}) were moved to {aside / ('a' * 16)}; remove them, or lkcache" in said
+    assert f"({'a' * 16}) were moved to {aside / ('a' * 16)}; lkcache clean lists" in said
     assert (aside / ("a" * 16) / DATA / "a.txt").read_text() == "old"
     assert state(tmp_path) == ("new", "new")
     keep(tmp_path, "never written", "a" * 64)
@@ -143,7 +143,7 @@ def test_outs_that_nobody_stamped_are_never_lost(tmp_path: Path) -> None:
         (tmp_path / DATA / "a.txt").write_text(text)  # as dvc checkout writes it
         (tmp_path / ".scratch" / "prepare.stamp.json").unlink(missing_ok=True)
         keep(tmp_path, "new", "b" * 64)
-    found = sorted((tmp_path / ".scratch" / "prepare.aside").glob("unknown-*/data/a.txt"))
+    found = sorted((tmp_path / ".scratch" / "prepare.aside").glob("00*/data/a.txt"))
     assert [path.read_text() for path in found] == ["first", "second"]
     (tmp_path / DATA / "a.txt").write_text("broken")  # of the same fingerprint: not kept
     keep(tmp_path, "new", "b" * 64)
