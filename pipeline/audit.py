@@ -33,6 +33,7 @@ from pipeline.cluster import Cluster
 from pipeline.config import Strict
 from pipeline.dataset import collate, supervised_counts
 from pipeline.law import Law
+from pipeline.provenance import Progress
 from pipeline.seeds import rng
 from pipeline.target import Target, resident_target
 from storage.codecs import BFLOAT_STEP, HALF_STEP, decode_p, from_bf16_bits, p_error
@@ -170,11 +171,13 @@ def replay_all(units: Sequence[Sequence[Sample]], job: Job, cluster: Cluster) ->
     worst: dict[str, Errors] = defaultdict(dict)
     parts: dict[str, list[Certificate]] = defaultdict(list)
     results = cluster.map(partial(replay_unit, job), units)
-    for unit, found in zip(units, results, strict=True):
-        for sample, one in zip(unit, found, strict=True):
-            known = worst[sample.split]
-            known.update({kind: max(x, known.get(kind, 0.0)) for kind, x in one.errors.items()})
-            parts[sample.split].append(one.certificate)
+    with Progress(sum(map(len, units)), "verify", unit="sequence") as line:
+        for unit, found in zip(units, results, strict=True):
+            for sample, one in zip(unit, found, strict=True):
+                known = worst[sample.split]
+                known.update({kind: max(x, known.get(kind, 0.0)) for kind, x in one.errors.items()})
+                parts[sample.split].append(one.certificate)
+            line.add(len(unit))
     return {split: Found(worst[split], joined(parts[split])) for split in worst}
 
 

@@ -8,23 +8,26 @@ A part is the unit of work: its batches are composed from its own sequences, so 
 nor restarts change a bit. The pass itself is `pipeline.teacher`; knows no draft. Source: DESIGN §5.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import Field, field_validator
-from tqdm import tqdm
 
 from pipeline.cluster import Cluster
 from pipeline.config import Strict
+from pipeline.provenance import Progress
 from pipeline.target import TargetSpec, check_layers, resident_target
 from pipeline.teacher import Pass, Stats
 from pipeline.topk import Rule
 from storage.errors import DataError
 from storage.layout import VERSION, Layout
 from storage.manifest import GROUP, PartEntry, read_manifest
+from storage.record import supervised
 from storage.tables import SEQUENCES, read_table
 from storage.workspace import digest, read_json, write_json
 from storage.writer import done_part, plan_parts, seal, stats_path, write_part
@@ -221,16 +224,53 @@ def _table(path: Path, _digest: str) -> list[dict[str, Any]]:
     return read_table(path, SEQUENCES)
 
 
+def least_bytes(layout: Layout, tables: Iterable[Sequence[dict[str, Any]]]) -> float:
+    """What a cache takes at the least: its wide arrays alone, at half their raw size.
+
+    bfloat16 states shrink to 0.73 (reference/offline_caches.md §4.3) and less only where they hold
+    little; what does not fit by this figure will not fit at all.
+    """
+    wide = [array for array in layout.arrays() if len(array.dims) > 1]
+    counted = {array.dims[0] for array in wide}
+    counts = {"token": 0, "row": 0}
+    for row in (row for table in tables for row in table):
+        counts["token"] += len(row["tokens"])
+        if "row" in counted:
+            counts["row"] += int(supervised(np.array(row["turn"])).sum())
+    raw = [
+        counts[a.dims[0]] * math.prod(layout.width(a)) * np.dtype(a.dtype).itemsize for a in wide
+    ]
+    return sum(raw) / 2
+
+
 def capture_all(
-    parts: Mapping[str, Sequence[Part]], job: Job, cluster: Cluster
+    parts: Mapping[str, Sequence[Part]],
+    job: Job,
+    cluster: Cluster,
+    *,
+    num_tokens: int,
+    require_room: Callable[..., None],
 ) -> dict[str, list[Done]]:
-    """Capture every part of every split, in the order of the parts."""
+    """Capture every part of every split, in the order of the parts.
+
+    After each, `require_room` (of the workspace) stops the run where the disk will not hold the
+    rest: now, while all that is done is whole, rather than when the disk is full.
+    """
     units = [(split, part) for split, some in parts.items() for part in some]
     results = cluster.map(partial(capture_part, job), [part for _, part in units])
     done: dict[str, list[Done]] = {split: [] for split in parts}
-    progress = tqdm(units, desc="capture", unit="part", disable=None)
-    for (split, _), result in zip(progress, results, strict=True):
-        done[split].append(result)
+    tokens, num_bytes = 0, 0
+    with Progress(num_tokens, "capture", unit="token") as line:
+        for (split, _), result in zip(units, results, strict=True):
+            done[split].append(result)
+            line.add(result.stats.tokens)
+            tokens += result.stats.tokens
+            own = sum(file.num_bytes for file in result.entry.files.values())
+            num_bytes += own
+            # what is done foretells the rest; a part's own bytes more, for the seal
+            left = (num_tokens - tokens) * num_bytes / tokens
+            if left:
+                require_room("the rest of the capture", left=left + own, total=left + num_bytes)
     return done
 
 

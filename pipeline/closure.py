@@ -16,7 +16,7 @@ from storage.workspace import file_digest
 
 PACKAGES = ("stages", "pipeline", "storage")
 # cannot change an output: reading parameters, fanning out, recording a run. Argued in review.
-PLUMBING = {"pipeline.config", "pipeline.cluster", "pipeline.provenance"}
+PLUMBING = {"pipeline.config", "pipeline.cluster", "pipeline.hosts", "pipeline.provenance"}
 # folders whose modules a stage finds by name: DVC sees a cell's own file, this adds their imports
 BY_NAME = {
     "warmup": ("drafts", "losses"),

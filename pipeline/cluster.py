@@ -1,42 +1,52 @@
-"""Where units of work run: this process, worker processes of this machine, or a dask scheduler.
+"""Where units of work run: in this process, in others of this machine, or on other hosts.
 
-The only importer of dask. A unit is a small picklable value, the function a module-level one (or a
-`functools.partial` of one) that returns something small; workers write large results themselves.
-Results come in the order of the units, so no output can depend on the scheduler. Knows nothing of
-targets or caches; no stage lists the section `cluster` under its params.
+With `pipeline.hosts` the only importer of dask. A unit is a small picklable value, the function a
+module-level one (or a `functools.partial` of one) that returns something small; workers write large
+results themselves. Results come in the order of the units, so no output can depend on the
+scheduler. Knows nothing of targets or caches; no stage lists the section `cluster` under params.
 
 One worker runs in-process with the same number of torch threads as a worker process would.
 """
 
 import logging
 import os
-import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import Field
 
 from pipeline.config import Strict
+from pipeline.hosts import (
+    RETRIES,
+    Address,
+    SlurmConfig,
+    SshConfig,
+    connected,
+    in_slurm,
+    over_ssh,
+    quiet,
+    require_fit,
+    scratch,
+    settings,
+    signals_blocked,
+)
 from storage.errors import ConfigError, LkcacheError, WorkspaceError
+from storage.workspace import disk_error
 
 U = TypeVar("U")
 R = TypeVar("R")
-
-RETRIES = 2  # of a unit whose worker died or raised something that no user can mend
-CONNECT_S = 4.5  # to the scheduler, then to a worker: an error comes within 10 s
 
 
 class ClusterConfig(Strict):
     """Section `cluster`: where to run. No result depends on it."""
 
-    workers: Annotated[int, Field(ge=1)]
+    workers: Annotated[int, Field(ge=1)] | None
+    """On this machine, on each host of ssh, or jobs of slurm; null: one a device."""
     device: Literal["auto", "cpu", "cuda"]
-    address: str | None
+    address: Address
 
 
 @dataclass(frozen=True)
@@ -46,21 +56,31 @@ class _Mendable:
     error: LkcacheError
 
 
-def _call(function: Callable[[Any], Any], threads: int, unit: Any) -> Any:
-    """Run one unit in a worker with a fixed number of threads."""
+def _call(function: Callable[[Any], Any], threads: int, visible: list[str], unit: Any) -> Any:
+    """Run one unit in a worker with a fixed number of threads and, of those visible, one device."""
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+    if visible:  # by the worker's number, which it keeps when it is started again
+        from distributed import get_worker
+
+        own = visible[int(get_worker().name) % len(visible)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = own  # read when the first unit starts CUDA
     try:
         return function(unit)
     except LkcacheError as error:
         return _Mendable(error)
+    except OSError as error:
+        mendable = disk_error(error)
+        if mendable is None:
+            raise
+        return _Mendable(mendable)
 
 
 class Cluster:
     """Maps functions over units; made by `open_cluster`."""
 
-    def __init__(self, client: Any, *, threads: int) -> None:
-        self._client, self._threads = client, threads
+    def __init__(self, client: Any, *, threads: int, visible: list[str] | None = None) -> None:
+        self._client, self._threads, self._visible = client, threads, visible or []
 
     def map(self, function: Callable[[U], R], units: Iterable[U]) -> Iterator[R]:
         """Yield function(unit) in the order of the units; an `LkcacheError` reaches the caller."""
@@ -78,7 +98,14 @@ class Cluster:
         index_of, early, wanted = {}, {}, 0
         for index, unit in enumerate(units):
             future = self._client.submit(
-                _call, function, self._threads, unit, pure=False, retries=RETRIES, priority=-index
+                _call,
+                function,
+                self._threads,
+                self._visible,
+                unit,
+                pure=False,
+                retries=RETRIES,
+                priority=-index,
             )
             index_of[future] = index
         completed = as_completed(list(index_of))
@@ -115,25 +142,38 @@ def _result(future: Any, *, index: int, count: int) -> Any:
 
 
 @contextmanager
-def open_cluster(config: ClusterConfig, *, threads: int) -> Iterator[Cluster]:
-    """Start (or reach) the workers; each computes with `threads` torch threads."""
+def open_cluster(
+    config: ClusterConfig, *, threads: int, units: int | None = None
+) -> Iterator[Cluster]:
+    """Start (or reach) the workers; each computes with `threads` torch threads.
+
+    On this machine no more are started than there are `units`: they cost seconds each.
+    """
     with ExitStack() as stack:
+        client: Any = None
+        visible: list[str] = []
         if config.address is not None:
-            client: Any = stack.enter_context(_connected(config.address))
-        elif config.workers > 1:
-            client = stack.enter_context(_local(config.workers, threads))
+            client = stack.enter_context(_elsewhere(config, threads))
         else:
-            client = None
-            before = torch.get_num_threads()
-            torch.set_num_threads(threads)
-            stack.callback(torch.set_num_threads, before)
-        yield Cluster(client, threads=threads)
+            workers = num_workers(config, threads=threads)
+            workers = workers if units is None else min(workers, units)
+            if workers > 1:
+                client = stack.enter_context(_local(workers, threads))
+                visible = _visible() if device(config) == "cuda" else []
+            else:
+                before = torch.get_num_threads()
+                torch.set_num_threads(threads)
+                stack.callback(torch.set_num_threads, before)
+        yield Cluster(client, threads=threads, visible=visible)
 
 
 def device(config: ClusterConfig) -> str:
-    """The torch device to compute on; `ConfigError` where CUDA is asked for and not there."""
+    """The torch device to compute on; `ConfigError` where CUDA is asked for and not there.
+
+    Workers elsewhere are asked when they are reached: this host may have none and need none.
+    """
     available = torch.cuda.is_available()
-    if config.device == "cuda" and not available:
+    if config.device == "cuda" and not available and config.address is None:
         raise ConfigError(
             found="cluster.device is cuda, and torch sees no CUDA device",
             expected="a CUDA device and a torch built for it",
@@ -144,27 +184,32 @@ def device(config: ClusterConfig) -> str:
     return config.device
 
 
+def num_workers(config: ClusterConfig, *, threads: int) -> int:
+    """Workers on this machine: as many as the parameter says, else one a device."""
+    if config.workers is not None:
+        return config.workers
+    if device(config) == "cuda":
+        return torch.cuda.device_count()
+    # each holds a target of its own: on a CPU, memory bounds them before cores do
+    return max(1, min(2, (os.cpu_count() or 1) // threads))
+
+
+def _visible() -> list[str]:
+    """The CUDA devices of this process, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+
+
 @contextmanager
 def _local(workers: int, threads: int) -> Iterator[Any]:
     """Worker processes of this machine; they die with this process."""
     import dask
     import distributed
 
-    for name in ("distributed", "tornado", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    scratch = Path(os.environ.get("LKCACHE_SCRATCH", ".scratch")) / "dask"
-    threads_env = dict.fromkeys(
-        ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads
-    )
-    settings = {
-        # in place of dask's own: its MALLOC_TRIM_THRESHOLD_ returns every tensor to the system
-        "distributed.nanny.pre-spawn-environ": threads_env,
-        "distributed.worker.multiprocessing-method": "spawn",
-        "distributed.scheduler.allowed-failures": RETRIES,
-    }
+    quiet()
     with ExitStack() as stack:
-        stack.enter_context(dask.config.set(settings))
-        with _interrupts_blocked():
+        stack.enter_context(dask.config.set(settings(threads)))
+        with signals_blocked():
             local = distributed.LocalCluster(
                 n_workers=workers,
                 processes=True,
@@ -172,44 +217,29 @@ def _local(workers: int, threads: int) -> Iterator[Any]:
                 dashboard_address="127.0.0.1:0",  # None would still claim port 8787
                 memory_limit=0,  # a limit would pause or kill workers; stages bound their batches
                 silence_logs=logging.CRITICAL,
-                local_directory=str(scratch),
+                local_directory=str(scratch() / "dask"),
             )
             stack.enter_context(local)
         yield stack.enter_context(distributed.Client(local))
 
 
 @contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Hold Ctrl-C back from this thread; threads and processes started within never see it.
+def _elsewhere(config: ClusterConfig, threads: int) -> Iterator[Any]:
+    """A client of workers that are not this process's own, checked before they get a unit."""
+    import dask
+    import distributed  # noqa: F401  its own settings first, or they would go with these
 
-    A terminal sends it to every process of the group, and each worker would print a traceback.
-    This one gets it, here or when the block ends, and closes the workers.
-    """
-    resource_tracker.ensure_running()  # starting it later would undo the blocking (CPython does so)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def _connected(address: str) -> Iterator[Any]:
-    """A client of a running scheduler with at least one worker; `ConfigError` where none is."""
-    import distributed
-
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
-    client = None
-    try:
-        client = distributed.Client(address, timeout=CONNECT_S)
-        client.wait_for_workers(1, timeout=CONNECT_S)
-    except Exception as error:  # a server that is no scheduler answers with anything at all
-        if client is not None:
-            client.close()
-        raise ConfigError(
-            found=f"no dask workers at cluster.address {address!r} ({type(error).__name__})",
-            expected=f"a dask scheduler with workers that answers within {CONNECT_S} s",
-            todo="start it, correct cluster.address, or set it to null",
-        ) from None
-    with client:
+    quiet()
+    where = device(config)
+    with ExitStack() as stack:
+        stack.enter_context(dask.config.set(settings(threads)))
+        if isinstance(config.address, SshConfig):
+            ssh = over_ssh(config.address, workers=config.workers, threads=threads, device=where)
+            client = stack.enter_context(ssh)
+        elif isinstance(config.address, SlurmConfig):
+            slurm = in_slurm(config.address, workers=config.workers, threads=threads)
+            client = stack.enter_context(slurm)
+        else:
+            client = stack.enter_context(connected(str(config.address)))
+        require_fit(client, device=where, chosen=config.device != "auto")
         yield client

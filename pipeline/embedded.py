@@ -9,7 +9,6 @@ Dims: B sequences, T tokens, N rows, V vocabulary, D width. Losses and entropies
 """
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -17,9 +16,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from pipeline.config import Strict
+from pipeline.provenance import Progress
 from pipeline.seeds import generator
 from pipeline.target import quiet
 from storage.errors import DataError
@@ -182,26 +181,26 @@ def fit(
     curve: list[dict[str, float]] = []
     losses: list[Tensor] = []
     every = max(1, config.steps // NUM_LOGS)
-    bar = tqdm(range(config.steps), desc="target", mininterval=0.5 if sys.stderr.isatty() else 5.0)
-    for step in bar:
-        starts = torch.randint(
-            len(train_N) - length + 1, (config.batch_sequences,), generator=drawn
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
-        loss = _loss(model, windows(train_N, starts, length))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        losses.append(loss.detach())
-        if (step + 1) % every == 0 or step + 1 == config.steps:
-            with torch.no_grad():
-                heldout = _loss(model, heldout_BT).item()
-            row = {"step": step + 1, "loss": torch.stack(losses).mean().item()}
-            curve.append({**row, "heldout_loss": heldout})
-            bar.set_postfix(loss=f"{row['loss']:.3f}", heldout=f"{heldout:.3f}", refresh=False)
-            losses.clear()
+    with Progress(config.steps, "target", unit="step") as line:
+        for step in range(config.steps):
+            starts = torch.randint(
+                len(train_N) - length + 1, (config.batch_sequences,), generator=drawn
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config)
+            loss = _loss(model, windows(train_N, starts, length))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            losses.append(loss.detach())
+            if (step + 1) % every == 0 or step + 1 == config.steps:
+                with torch.no_grad():
+                    heldout = _loss(model, heldout_BT).item()
+                row = {"step": step + 1, "loss": torch.stack(losses).mean().item()}
+                curve.append({**row, "heldout_loss": heldout})
+                line.add(len(losses), loss=f"{row['loss']:.3f}", heldout=f"{heldout:.3f}")
+                losses.clear()
     return curve
 
 

@@ -17,10 +17,10 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from tqdm import tqdm
 
 from pipeline.cluster import Cluster
 from pipeline.config import Strict
+from pipeline.provenance import Progress
 from pipeline.sampling import Prompt, Response, sample
 from pipeline.seeds import uniforms
 from pipeline.target import resident_target
@@ -212,11 +212,12 @@ def answer(
     answers = cluster.map(partial(sample_unit, job), units)
     placed: dict[tuple[str, int], Response] = {}
     seconds = 0.0
-    progress = tqdm(units, desc="generate", unit="batch", disable=None)
-    for unit, done in zip(progress, answers, strict=True):
-        seconds += done.seconds
-        for member, response in zip(unit.members, done.responses, strict=True):
-            placed[unit.split, member] = response
+    with Progress(sum(map(len, prompts.values())), "generate", unit="sequence") as line:
+        for unit, done in zip(units, answers, strict=True):
+            seconds += done.seconds
+            for member, response in zip(unit.members, done.responses, strict=True):
+                placed[unit.split, member] = response
+            line.add(len(unit.members))
     responses = {
         split: [placed[split, place] for place in range(len(some))]
         for split, some in prompts.items()

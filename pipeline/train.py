@@ -24,7 +24,6 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pipeline.batch import Batch
 from pipeline.config import Strict, load
@@ -34,6 +33,7 @@ from pipeline.interface import Interface, Shape
 from pipeline.loss import DepthWeights, align, reduce
 from pipeline.optimizer import AdamW, learning_rate
 from pipeline.prefetch import prefetched
+from pipeline.provenance import Progress as ProgressLine
 from pipeline.ranks import Ranks, Sharding
 from pipeline.resume import Keeper, Saved
 from pipeline.target import read_interface, read_spec
@@ -496,13 +496,13 @@ def _tensors(trained: Mapping[str, nn.Parameter], optimizer: AdamW) -> dict[str,
 
 def _shown(done: int, steps: int, label: str, *, quiet: bool) -> Iterator[int]:
     """Steps done + 1 … steps under a progress line with rate and time left."""
-    off = quiet or not steps
-    with tqdm(
-        total=steps, initial=done, desc=label, unit="step", mininterval=1.0, disable=off
-    ) as line:
+    if quiet or not steps:
+        yield from range(done + 1, steps + 1)
+        return
+    with ProgressLine(steps, label, unit="step", done=done) as line:
         for step in range(done + 1, steps + 1):
             yield step
-            line.update()
+            line.add()
 
 
 def _exploded(label: str, step: int, value: float, ids: Sequence[str]) -> DraftError:

@@ -10,6 +10,7 @@ from pipeline.capture import (
     fingerprint_of,
     law_of,
     layout_of,
+    least_bytes,
     plan,
     seal_cache,
     times,
@@ -38,7 +39,7 @@ def main() -> None:
     digests = {split: file_digest(path) for split, path in files.items()}
     fingerprint = fingerprint_of(spec, config, digests)
     outs = [*CACHES.values(), METRICS, TIMINGS]
-    with Workspace("capture", fingerprint, outs=outs) as workspace:
+    with Workspace("capture", fingerprint, outs=outs, keep_replaced=True) as workspace:
         if workspace.complete():
             print("capture: the caches are complete, of these parameters and inputs.")
             return
@@ -53,9 +54,14 @@ def main() -> None:
             for split, table in tables.items()
         }
         job = Job(TARGET.absolute(), spec.fingerprint, device(cluster), config, layout)
+        num_tokens = sum(len(row["tokens"]) for table in tables.values() for row in table)
+        least = least_bytes(layout, tables.values())
+        workspace.require_room("the cache", left=least, total=least)
         started = time.perf_counter()
         with open_cluster(cluster, threads=config.threads) as workers:
-            done = capture_all(parts, job, workers)
+            done = capture_all(
+                parts, job, workers, num_tokens=num_tokens, require_room=workspace.require_room
+            )
         wall_s = time.perf_counter() - started
         metrics = {
             split: seal_cache(

@@ -6,13 +6,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from tqdm import tqdm
-
 from pipeline.cluster import ClusterConfig, device, open_cluster
 from pipeline.config import load
 from pipeline.evaluate import EvaluateConfig, Job, Outcome, law_name, run_job
 from pipeline.matrix import Arm, Start, cell
-from pipeline.provenance import run
+from pipeline.provenance import Progress, run
 from pipeline.schedule import open_bench, plan
 from pipeline.summary import identical, merge_strata, speeds, summarise
 from storage.tables import DEPTHS, ROUNDS, STRATA, write_table
@@ -40,9 +38,14 @@ def main() -> None:
     times = Path(f"timings/evaluate-{key}.json")
     outs = [tables, metrics_file, times]
     with Workspace("evaluate", digest(bench.sources), outs=outs, cell=key) as workspace:
-        with open_cluster(where, threads=config.threads) as cluster:
-            results = cluster.map(partial(run_job, bench), jobs)
-            done = list(zip(jobs, tqdm(results, key, len(jobs), unit="batch"), strict=True))
+        with (
+            open_cluster(where, threads=config.threads) as cluster,
+            Progress(len(jobs), key, unit="batch") as line,
+        ):
+            done = []
+            for job, result in zip(jobs, cluster.map(partial(run_job, bench), jobs), strict=True):
+                done.append((job, result))
+                line.add()
         metrics: dict[str, Any] = {}
         seconds = speeds("plain", [found for job, found in done if job.draft is None])
         for name, arm in arms.items():

@@ -38,10 +38,7 @@ def main() -> None:
             config=config,
             unigrams=unigrams(CACHES),
         )
-        # a process for a unit, at the most: they cost seconds to start
-        workers = min(cluster.workers, len(units))
-        cluster = cluster.model_copy(update={"workers": workers})
-        with open_cluster(cluster, threads=config.threads) as opened:
+        with open_cluster(cluster, threads=config.threads, units=len(units)) as opened:
             found = replay_all(units, job, opened)
         splits = {
             split: {

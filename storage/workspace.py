@@ -9,7 +9,9 @@
 DVC removes a stage's outs before it runs, so partial work lies in `.scratch/<stage>[-<cell>]/
 <fingerprint>/` and moves into place by rename when it is whole. `publish` keeps a journal: a kill
 between two renames is rolled forward by the next run, an error is rolled back, and an existing out
-stays as it was until its successor is on the disk. Knows nothing of what the outs hold.
+stays as it was until its successor is on the disk. With `keep_replaced` it is then not removed but
+lies in `.scratch/<stage>.aside/<its fingerprint>/`, from where the next run of that fingerprint
+takes it back. Knows nothing of what the outs hold.
 
 Environment: `LKCACHE_SCRATCH` moves the work (not the lock, stamp and journal) to another root,
 from where outs are copied, synced and verified before the rename.
@@ -22,6 +24,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,6 +38,10 @@ SCRATCH_VARIABLE = "LKCACHE_SCRATCH"
 # A stamp holds the digest of every file up to this size and the size alone of larger ones, so that
 # asking a 100 GB cache whether it is complete stays instant; its own manifest digests the rest.
 HASHED_BYTES = 64 << 20
+STAMP = "stamp.json"  # of outs that were moved aside, beside them
+INCOMING = ".incoming"  # copied to the filesystem of its out, not yet renamed
+
+UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 Inventory = dict[str, list[int | str]]
 
@@ -88,6 +95,52 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def disk_error(error: OSError) -> WorkspaceError | None:
+    """What a user can mend about a disk, as a sentence; None for any other error."""
+    where = error.filename or "a file"
+    if isinstance(error, PermissionError):
+        return WorkspaceError(
+            found=f"no permission to write {where}",
+            expected="a folder that this user can write to",
+            todo="change its owner or mode and run dvc repro, finished work is kept",
+        )
+    if error.errno == errno.EROFS:
+        return WorkspaceError(
+            found=f"read-only file system while writing {where}",
+            expected="a disk that can be written to",
+            todo="mount it writable and run dvc repro, finished work is kept",
+        )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return WorkspaceError(
+            found=f"{os.strerror(error.errno).lower()} while writing {where}",
+            expected="room for this stage's outputs",
+            todo="free or mount some and run dvc repro, finished work is kept",
+        )
+    return None
+
+
+def require_room(folder: Path, num_bytes: float, what: str) -> None:
+    """`WorkspaceError` where the disk of `folder` has less than `num_bytes` free."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if num_bytes > free:
+        raise WorkspaceError(
+            found=f"{what} needs {_size(num_bytes)} and the disk of {folder} has {_size(free)} "
+            "free",
+            expected="room for it before the work goes on",
+            todo=f"free some, store less (lkcache estimate says what takes how much) or name a "
+            f"folder of another disk in {SCRATCH_VARIABLE}, and run dvc repro, finished work is "
+            "kept",
+        )
+
+
+def _size(num_bytes: float) -> str:
+    power = 0
+    while num_bytes >= 1000 and power < len(UNITS) - 1:
+        num_bytes, power = num_bytes / 1000, power + 1
+    return f"{num_bytes:.3g} {UNITS[power]}"
+
+
 def sync(path: Path) -> None:
     """Flush a file, or a folder with all that it holds, to the disk."""
     for item in [*_below(path), path]:
@@ -117,12 +170,17 @@ class Workspace:
         outs: Sequence[Path],
         cell: str = "",
         root: Path = Path(),
+        keep_replaced: bool = False,
     ) -> None:
-        """`outs` are relative to `root`; `fingerprint` names parameters, inputs and format."""
+        """`outs` are relative to `root`; `fingerprint` names parameters, inputs and format.
+
+        `keep_replaced`: outs of another fingerprint are moved aside, not removed.
+        """
         self.name = f"{stage}-{cell}" if cell else stage
         self.fingerprint = fingerprint
         self.outs = list(outs)
         self._root = root
+        self._keep_replaced = keep_replaced
         self._state = root / SCRATCH
         self._work = scratch_root(root) / self.name / fingerprint[:16]
         self._lock = FileLock(self._state / f"{self.name}.lock", timeout=0)
@@ -149,6 +207,8 @@ class Workspace:
         trace: TracebackType | None,
     ) -> None:
         """Release the lock; unpublished work stays for the next run of the same fingerprint."""
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(self._work)  # a full disk names no file: say whose work it was
         self._lock.release()
 
     def path(self, out: Path) -> Path:
@@ -159,14 +219,28 @@ class Workspace:
         return place
 
     def complete(self) -> bool:
-        """Whether all outs stand in place as this fingerprint published them."""
-        stamp = _read_if_json(self._stamp)
-        if stamp.get("fingerprint") != self.fingerprint:
-            return False
-        inventories = stamp.get("outs", {})
-        return sorted(inventories) == sorted(map(str, self.outs)) and all(
-            _holds(self._root / out, inventories[str(out)]) for out in self.outs
-        )
+        """Whether all outs stand in place as this fingerprint published them.
+
+        They are taken back where a run of another fingerprint had moved them aside.
+        """
+        places = {str(out): self._root / out for out in self.outs}
+        whole = self._holds(_read_if_json(self._stamp), places) or self._take_back()
+        if whole:
+            # a kill right after publication leaves it; unfinished work of done outs misleads
+            shutil.rmtree(self._work, ignore_errors=True)
+        return whole
+
+    def require_room(self, what: str, *, left: float, total: float) -> None:
+        """`WorkspaceError` where the disks will not hold `left` more bytes of scratch.
+
+        Nor, where the outs lie on another disk than the scratch, `total` bytes of them.
+        """
+        require_room(self._work, left, what)
+        homes = [(self._root / out).absolute() for out in self.outs]
+        folders = {next(p for p in home.parents if p.exists()) for home in homes}
+        for folder in sorted(folders):
+            if _device(folder) != _device(self._work):
+                require_room(folder, total, what)
 
     def forget(self) -> None:
         """Take the published outs for incomplete: the next run works, on what lies in scratch."""
@@ -176,23 +250,66 @@ class Workspace:
         """Sync every out and move it into place; on an error all stays as it was."""
         for out in self.outs:
             assert self.path(out).exists(), f"{self.name} did not write {out}"
-        moves = []
+        self._move_in({str(out): self.path(out) for out in self.outs})
+        shutil.rmtree(self._work, ignore_errors=True)
+
+    def _move_in(self, sources: Mapping[str, Path]) -> None:
+        """Put new outs into their places, old ones aside."""
+        moves: list[list[str]] = []
+        old = self._replaced()
         try:
             for number, out in enumerate(self.outs):
-                moves.append(self._stage(out, number))
+                moves.append(self._stage(out, sources[str(out)], number, old))
             inventories = {out: _inventory(Path(staged)) for out, staged, _ in moves}
             stamp = {"fingerprint": self.fingerprint, "outs": inventories}
-            write_json(self._journal, {"moves": moves, "stamp": stamp})
+            write_json(self._journal, {"moves": moves, "stamp": stamp, "old": old})
             sync(self._journal)
             _forward(self._root, moves)
         except BaseException:
             # a kill leaves the journal to the next run; whoever lives to see the error undoes it
             _backward(self._root, moves, _read_if_json(self._journal).get("stamp", {}))
             self._journal.unlink(missing_ok=True)
-            self._drop_copies(moves)
+            _drop_copies(moves)
             raise
-        self._finish({"moves": moves, "stamp": stamp})
-        shutil.rmtree(self._work, ignore_errors=True)
+        self._finish({"moves": moves, "stamp": stamp, "old": old})
+
+    def _holds(self, stamp: Mapping[str, Any], places: Mapping[str, Path]) -> bool:
+        """Whether a stamp is of this fingerprint and all outs lie at `places` as it says."""
+        inventories = stamp.get("outs", {})
+        return (
+            stamp.get("fingerprint") == self.fingerprint
+            and sorted(inventories) == sorted(places)
+            and all(_holds(place, inventories[out]) for out, place in places.items())
+        )
+
+    def _replaced(self) -> dict[str, Any]:
+        """The stamp of outs that are to be kept aside; empty where there are none."""
+        stamp = _read_if_json(self._stamp)
+        there = any((self._root / out).exists() for out in self.outs)
+        if not self._keep_replaced or not there or stamp.get("fingerprint") == self.fingerprint:
+            return {}
+        # outs without a stamp came from elsewhere (dvc checkout): each lot of them gets a number
+        lots = (f"{number:016x}" for number in count(1))
+        free = next(lot for lot in lots if not self._aside(lot).exists())
+        return stamp or {"fingerprint": free, "outs": {}}
+
+    def _aside(self, fingerprint: str) -> Path:
+        return self._state / f"{self.name}.aside" / fingerprint[:16]
+
+    def _take_back(self) -> bool:
+        """Move outs of this fingerprint back into place where they lie whole aside."""
+        folder = self._aside(self.fingerprint)
+        stamp = _read_if_json(folder / STAMP)
+        places = {out: Path(place) for out, place in stamp.get("places", {}).items()}
+        if not places or not self._holds(stamp, places):
+            return False
+        self._move_in(places)
+        remove(folder)
+        print(
+            f"{self.name}: took the outs of these parameters and inputs back from {folder}.",
+            file=sys.stderr,
+        )
+        return True
 
     @property
     def _stamp(self) -> Path:
@@ -217,21 +334,25 @@ class Workspace:
         # the second line is for `lkcache clean`: the next run resumes what the latest one left
         owner.write_text(f"{os.getpid()}\n{self.fingerprint[:16]}\n", encoding="utf-8")
 
-    def _stage(self, out: Path, number: int) -> list[str]:
+    def _stage(self, out: Path, source: Path, number: int, old: Mapping[str, Any]) -> list[str]:
         """[out, where its new content lies on the out's filesystem, where the old one goes]."""
-        source, home = self.path(out), self._root / out
+        home = self._root / out
         home.parent.mkdir(parents=True, exist_ok=True)
         sync(source)
         same = _device(source) == _device(home.parent)
-        staged = source if same else home.parent / f".{home.name}.incoming"
+        staged = source if same else home.parent / f".{home.name}{INCOMING}"
         if not same:
             _copy_verified(source, staged)
+        # a rename cannot cross filesystems: what lies on another one goes aside within it
         near = _device(self._state) == _device(home.parent)
-        aside = (
-            self._state / f"{self.name}.aside" / str(number)
-            if near
-            else home.parent / f".{home.name}.aside"
-        )
+        if old:
+            label = old["fingerprint"][:16]
+            kept = self._aside(label) / out if near else home.parent / f".{self.name}.{label}.aside"
+            aside = kept if near else kept / home.name
+        elif near:
+            aside = self._state / f"{self.name}.replaced" / str(number)
+        else:
+            aside = home.parent / f".{home.name}.replaced"
         return [str(out), str(staged.absolute()), str(aside.absolute())]
 
     def _recover(self) -> None:
@@ -249,20 +370,28 @@ class Workspace:
             return
         _backward(self._root, moves, stamp)
         self._journal.unlink()
-        self._drop_copies(moves)
+        _drop_copies(moves)
 
     def _finish(self, journal: Mapping[str, Any]) -> None:
-        """All outs are in place: stamp them, then forget journal and predecessors."""
+        """All outs are in place: stamp them, then forget the journal, and predecessors or not."""
+        moves, old = journal["moves"], journal.get("old", {})
+        if old:
+            folder = self._aside(old["fingerprint"])
+            places = {out: aside for out, _, aside in moves if Path(aside).exists()}
+            write_json(folder / STAMP, {**old, "places": places})
+            print(
+                f"{self.name}: the outs of other parameters or inputs "
+                f"({old['fingerprint'][:16]}) were moved to {folder}; "
+                "lkcache clean lists and removes them.",
+                file=sys.stderr,
+            )
         write_json(self._stamp, journal["stamp"])
+        sync(self._stamp)  # hours of work would be done again for want of it
+        sync_folder(self._state)
         self._journal.unlink()
-        for _, _, aside in journal["moves"]:
+        for _, _, aside in [] if old else moves:
             remove(Path(aside))
-        shutil.rmtree(self._state / f"{self.name}.aside", ignore_errors=True)
-
-    def _drop_copies(self, moves: Sequence[Sequence[str]]) -> None:
-        for out, staged, _ in moves:
-            if Path(staged) != (self._work / out).absolute():
-                remove(Path(staged))
+        shutil.rmtree(self._state / f"{self.name}.replaced", ignore_errors=True)
 
     def _report_stale(self) -> None:
         """Name partial work of other fingerprints; it is never mixed in and never removed here."""
@@ -274,6 +403,13 @@ class Workspace:
                 f"({', '.join(stale)}); it is not used, and `lkcache clean` removes it.",
                 file=sys.stderr,
             )
+
+
+def _drop_copies(moves: Sequence[Sequence[str]]) -> None:
+    """Remove what was copied to an out's filesystem; the source is still in scratch."""
+    for _, staged, _ in moves:
+        if staged.endswith(INCOMING):
+            remove(Path(staged))
 
 
 def scratch_root(root: Path) -> Path:
@@ -333,8 +469,11 @@ def _read_if_json(path: Path) -> dict[str, Any]:
 def _copy_verified(source: Path, target: Path) -> None:
     """Copy an out to another filesystem, sync it and compare every byte's digest."""
     remove(target)
+    names = file_names(source) if source.is_dir() else [""]
+    size = sum((source / name if name else source).stat().st_size for name in names)
+    require_room(target.parent, size, f"the copy of {source}")
     try:
-        for name in file_names(source) if source.is_dir() else [""]:
+        for name in names:
             file = target / name if name else target
             file.parent.mkdir(parents=True, exist_ok=True)
             origin = source / name if name else source

@@ -1,21 +1,29 @@
 """Where work runs changes neither results nor what the user reads."""
 
+import errno
 import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from distributed.scheduler import KilledWorker
 
-from pipeline import cluster
-from pipeline.cluster import Cluster, ClusterConfig, device, open_cluster
+from pipeline import cluster, hosts
+from pipeline.cluster import Cluster, ClusterConfig, device, num_workers, open_cluster
 from pipeline.config import parse
 from storage.errors import ConfigError, TargetError, WorkspaceError
+from storage.workspace import Workspace, read_json, write_json
+
+ROOT = Path(__file__).parents[2]
 
 
 def square(unit: int) -> tuple[int, int]:
@@ -30,15 +38,25 @@ def refuse(unit: int) -> int:
     return unit
 
 
-def die_once(unit: tuple[int, str]) -> int:
+def wait_to_be_killed(unit: tuple[int, str]) -> int:
+    """Unit 1 says which process it is in, and waits once to be killed from outside."""
     number, folder = unit
     with (Path(folder) / "runs").open("a") as log:
         log.write(f"{number}\n")
-    marker = Path(folder) / "died"
-    if number == 1 and not marker.exists():
-        marker.touch()
-        os._exit(1)
+    said = Path(folder) / "pid"
+    if number == 1 and not said.exists():
+        write_json(said, {"pid": os.getpid()})
+        time.sleep(60)
     return number
+
+
+def visible_device(unit: int) -> tuple[str, int]:
+    time.sleep(0.2)
+    return os.environ["CUDA_VISIBLE_DEVICES"], os.getpid()
+
+
+def fill(_: int) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", "cache/part")
 
 
 def config_of(**changes: Any) -> ClusterConfig:
@@ -70,11 +88,89 @@ def test_an_error_for_the_user_arrives_as_it_was_raised(two: Cluster) -> None:
                 list(opened.map(refuse, range(50)))
 
 
-def test_a_worker_that_dies_costs_its_unit_only(two: Cluster, tmp_path: Path) -> None:
-    units = [(number, str(tmp_path)) for number in range(6)]
-    assert list(two.map(die_once, units)) == list(range(6))
+def test_a_worker_that_is_killed_costs_its_unit_only(two: Cluster, tmp_path: Path) -> None:
+    units = [(number, str(tmp_path)) for number in range(12)]
+
+    def kill() -> None:
+        while not (tmp_path / "pid").exists():
+            time.sleep(0.02)
+        os.kill(read_json(tmp_path / "pid")["pid"], signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+    assert list(two.map(wait_to_be_killed, units)) == list(range(12))
     runs = (tmp_path / "runs").read_text().split()
+    # the other worker went on, and nothing that was done was done again
     assert runs.count("1") == 2
+    assert len(runs) <= 12 + 2
+
+
+def test_each_worker_gets_a_device_of_its_own(
+    two: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    two._client.wait_for_workers(2, timeout=30)  # the killed one starts again
+    pinned = Cluster(two._client, threads=1, visible=cluster._visible())
+    seen = set(pinned.map(visible_device, range(8)))
+    assert {device for device, _ in seen} == {"5", "7"}
+    assert len(seen) == 2  # a process keeps its device
+
+
+def test_one_worker_a_device_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert num_workers(config_of(workers=3), threads=1) == 3
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert [num_workers(config_of(workers=None), threads=t) for t in (1, 8, 16)] == [2, 1, 1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert num_workers(config_of(workers=None, device="cuda"), threads=1) == 4
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert cluster._visible() == ["0", "1", "2", "3"]
+
+
+def test_a_full_disk_in_a_worker_is_told_at_once(two: Cluster) -> None:
+    with pytest.raises(WorkspaceError, match=r"no space left on device while writing cache/part;"):
+        list(two.map(fill, range(3)))
+
+
+STAGE = """
+import os, sys, time
+from pathlib import Path
+from pipeline.cluster import ClusterConfig, open_cluster
+from storage.workspace import Workspace
+from tests.pipeline.test_cluster import say_and_sleep
+config = ClusterConfig(workers=2, device="cpu", address=None)
+with Workspace("capture", "f" * 64, outs=[Path("x")]), open_cluster(config, threads=1) as workers:
+    list(workers.map(say_and_sleep, [sys.argv[1]] * 2))
+"""
+
+
+def say_and_sleep(folder: str) -> None:
+    write_json(Path(folder) / f"{os.getpid()}.json", {"pid": os.getpid()})
+    time.sleep(60)
+
+
+def test_workers_of_a_killed_stage_end_and_let_its_lock_go(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    stage = subprocess.Popen(
+        [sys.executable, "-c", STAGE, str(tmp_path)], cwd=tmp_path, env=environment
+    )
+    with stage:
+        wait_for(lambda: len(list(tmp_path.glob("*.json"))) == 2)
+        children = psutil.Process(stage.pid).children(recursive=True)
+        workers = {int(path.stem) for path in tmp_path.glob("*.json")}
+        assert workers <= {child.pid for child in children}
+        stage.kill()
+        stage.wait()
+    with Workspace("capture", "f" * 64, outs=[Path("x")], root=tmp_path):
+        pass  # the lock is free at once
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+
+
+def wait_for(done: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def test_a_unit_that_kills_every_worker_is_named() -> None:
@@ -97,8 +193,8 @@ def test_threads_are_given_back() -> None:
 def test_an_address_without_a_scheduler_is_named_in_time(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert 2 * cluster.CONNECT_S < 10
-    monkeypatch.setattr(cluster, "CONNECT_S", 0.5)
+    assert 2 * hosts.CONNECT_S < 10
+    monkeypatch.setattr(hosts, "CONNECT_S", 0.5)
     with (
         pytest.raises(ConfigError, match=f"no dask workers at cluster.address '{address}'"),
         open_cluster(config_of(address=address), threads=1),

@@ -1,13 +1,20 @@
 """The shell of a stage: a sentence and exit code 2 for what users can mend, a record in runs/."""
 
 import errno
+import hashlib
+import io
 import json
+import os
+import re
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from pipeline.provenance import run
+from pipeline import provenance
+from pipeline.provenance import Progress, run
 from storage.errors import DataError
 
 
@@ -43,7 +50,10 @@ def test_what_users_can_mend_is_a_sentence_and_exit_code_2(
     assert stop.value.code == 2
     assert said.startswith(f"capture: {sentence}")
     assert "Traceback" not in said
-    assert json.loads(Path("runs/capture.json").read_text())["outcome"] == "failed"
+    record = json.loads(Path("runs/capture.json").read_text())
+    assert record["outcome"] == "stopped" if error.args == () else "failed"
+    assert record["error"].startswith(sentence)
+    assert record["exit_code"] == 2
 
 
 def test_a_defect_of_ours_keeps_its_traceback(
@@ -53,6 +63,74 @@ def test_a_defect_of_ours_keeps_its_traceback(
     monkeypatch.setattr("sys.argv", ["stage"])
     with pytest.raises(OSError, match="odd"):
         run("capture", failing(OSError(errno.EIO, "odd")))
+
+
+def test_sigterm_is_a_sentence_and_exit_code_143(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["stage"])
+    before, unwound = signal.getsignal(signal.SIGTERM), []
+
+    def main() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+        finally:
+            unwound.append(True)
+
+    with pytest.raises(SystemExit) as stop:
+        run("capture", main)
+    assert stop.value.code == 143
+    assert capsys.readouterr().err == (
+        "capture: stopped by SIGTERM; finished work is kept; run dvc repro to go on.\n"
+    )
+    assert unwound
+    assert signal.getsignal(signal.SIGTERM) is before
+    record = json.loads(Path("runs/capture.json").read_text())
+    assert (record["outcome"], record["exit_code"]) == ("stopped", 143)
+
+
+def test_every_run_leaves_a_line_and_a_running_one_its_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["stage"])
+    monkeypatch.setattr(provenance, "HEARTBEAT_S", 0.0)
+    Path("params.yaml").write_text("a: 1")
+    seen = []
+
+    def main() -> None:
+        seen.append(json.loads(Path("runs/verify.json").read_text()))
+        with Progress(4, "verify", unit="sequence") as line:
+            line.add(3, loss="1.0")
+            seen.append(json.loads(Path("runs/verify.json").read_text()))
+
+    run("verify", main)
+    with pytest.raises(ValueError, match="defect"):
+        run("verify", failing(ValueError("defect")))
+    assert capsys.readouterr().err == ""  # no terminal, no line
+    assert [record["outcome"] for record in seen] == ["running", "running"]
+    assert seen[0]["params_sha256"] == hashlib.sha256(b"a: 1").hexdigest()
+    progress = seen[1]["progress"]
+    assert (progress["done"], progress["total"], progress["unit"]) == (3, 4, "sequence")
+    assert progress["left_s"] == pytest.approx(1 / progress["per_s"], rel=0.1, abs=0.1)
+    lines = [json.loads(line) for line in Path("runs/log.jsonl").read_text().splitlines()]
+    assert [line["outcome"] for line in lines] == ["done", "crashed"]
+    assert [line["error"] for line in lines] == [None, "ValueError: defect"]
+    for key in ("started", "ended", "duration_s", "host", "device", "python", "pid"):
+        assert lines[0][key] is not None
+
+
+def test_a_terminal_sees_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr", screen)
+    with Progress(4, "capture", unit="part") as line:
+        line.add(2)
+        time.sleep(0.12)
+        line.add(1)
+    assert re.search(r"capture: +75%.*3/4 \[00:00<00:00, +[\d.]+part/s", screen.getvalue())
 
 
 def test_a_run_is_recorded_with_its_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,19 @@ import numpy as np
 import pytest
 
 import pipeline.capture
+import storage.workspace
 from lkcache.repair import repair
 from pipeline.cluster import ClusterConfig, device, open_cluster
+from pipeline.provenance import run
 from stages import capture, generate
-from storage.errors import DataError, LkcacheError, TargetError
+from storage.errors import DataError, LkcacheError, TargetError, WorkspaceError
 from storage.manifest import digest_line
 from storage.reader import Cache
 from storage.record import supervised
 from storage.tables import SEQUENCES, read_table, write_table
 from storage.verify import check_cache
 from storage.workspace import file_digest, tree_digest
+from tests.disks import small_disk
 from tests.targets import copy_project, write_params, write_project
 
 SPLITS = ("train", "heldout", "greedy")
@@ -48,7 +52,9 @@ def digests(folder: Path) -> dict[str, str]:
     """Of every out but the times."""
     outs = {"sequences": tree_digest(folder / "sequences")}
     outs |= {split: tree_digest(folder / f"cache/{split}.zarr") for split in SPLITS}
-    outs |= {name: file_digest(folder / f"metrics/{name}.json") for name in ("generate", "capture")}
+    for name in ("generate", "capture"):
+        if (folder / f"metrics/{name}.json").exists():
+            outs[name] = file_digest(folder / f"metrics/{name}.json")
     return outs
 
 
@@ -129,6 +135,96 @@ def test_a_killed_capture_resumes_to_the_same_bytes(
     assert digests(here) == before
     assert written.count(("train.zarr", 0)) == 1
     assert written.count(("train.zarr", 1)) == 2
+
+
+def test_a_pre_empted_capture_goes_on_to_the_same_bytes(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = digests(here)
+    shutil.rmtree(here / "cache")
+    plain, parts = pipeline.capture.write_part, []
+
+    def terminated(folder: Path, index: int, *rest: Any) -> Any:
+        parts.append(plain(folder, index, *rest))
+        if len(parts) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return parts[-1]
+
+    monkeypatch.setattr("sys.argv", ["stage"])
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.capture, "write_part", terminated)
+        with pytest.raises(SystemExit) as stop:
+            run("capture", capture.main)
+    assert stop.value.code == 143
+    assert "capture: stopped by SIGTERM; finished work is kept" in capsys.readouterr().err
+    assert len(list(here.glob(".scratch/capture/*/cache/train.zarr/part-*"))) == 2
+    run("capture", capture.main)
+    assert digests(here) == before
+
+
+def test_a_capture_stops_before_a_disk_is_full(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = digests(here)
+    shutil.rmtree(here / "cache")
+    usage, asked = shutil.disk_usage(here), []
+
+    def fills_up(_: Path) -> Any:
+        asked.append(True)
+        return usage._replace(free=usage.free if len(asked) < 3 else 100_000)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", fills_up)
+        with pytest.raises(WorkspaceError, match=r"the rest of the capture needs .* 100 kB free"):
+            capture.main()
+    assert len(list(here.glob(".scratch/capture/*/cache/train.zarr/part-*"))) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
+        with pytest.raises(WorkspaceError, match=r"the cache needs .* has 10 kB free"):
+            capture.main()
+    capture.main()
+    assert digests(here) == before
+
+
+def test_a_capture_on_a_small_disk_is_told_and_goes_on_when_there_is_room(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = digests(project)
+    # the guard is blind, so that the disk itself must say it
+    monkeypatch.setattr(storage.workspace, "require_room", lambda *_: None)
+    inputs = ("params.yaml", "target", "sequences")
+    files = [p for name in inputs for p in [project / name, *(project / name).rglob("*")]]
+    pages = sum(1 + path.stat().st_size // 4096 for path in files)
+    with small_disk(tmp_path / "disk", f"{4 * pages + 400}k") as disk:
+        for name in inputs:
+            copy = shutil.copytree if (project / name).is_dir() else shutil.copy
+            copy(project / name, disk.path / name)
+        monkeypatch.chdir(disk.path)
+        with pytest.raises(OSError, match="No space left") as caught:
+            capture.main()
+        assert caught.value.errno == errno.ENOSPC
+        assert not list(disk.path.glob("cache/*.zarr"))
+        whole = list(disk.path.glob(".scratch/capture/*/cache/*.zarr/part-*"))
+        disk.set("size=64m")
+        kept = {part.name: part.stat().st_ino for part in whole if "train" in str(part)}
+        capture.main()
+        for name, inode in kept.items():
+            assert (disk.path / "cache/train.zarr" / name).stat().st_ino == inode
+        assert digests(disk.path) == {k: v for k, v in before.items() if k != "generate"}
+        monkeypatch.chdir(project)
+
+
+def test_a_cache_of_other_parameters_is_moved_aside_and_taken_back(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = digests(here)
+    write_params(here, capture={"tail_samples": 2})
+    capture.main()
+    assert "were moved to .scratch/capture.aside/" in capsys.readouterr().err
+    assert digests(here) != before
+    write_params(here)
+    monkeypatch.setattr(pipeline.capture, "write_part", None)  # nothing is captured again
+    capture.main()
+    assert "took the outs of these parameters and inputs back" in capsys.readouterr().err
+    assert digests(here) == before
 
 
 def test_full_mode_keeps_every_logit(here: Path) -> None:

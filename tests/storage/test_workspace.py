@@ -12,7 +12,15 @@ import pytest
 
 from storage import workspace as module
 from storage.errors import DataError, WorkspaceError
-from storage.workspace import Workspace, digest, read_json, tree_digest, write_json
+from storage.workspace import (
+    Workspace,
+    digest,
+    disk_error,
+    read_json,
+    tree_digest,
+    write_json,
+)
+from tests.disks import small_disk
 
 DATA, METRICS = Path("data"), Path("metrics/prepare.json")
 ROOT = Path(__file__).parents[2]
@@ -92,6 +100,122 @@ def test_published_outs_are_complete_until_they_change(tmp_path: Path) -> None:
     work(tmp_path, "old")
     shutil.rmtree(tmp_path / DATA)
     assert not is_complete(tmp_path)
+
+
+def keep(root: Path, text: str, fingerprint: str) -> None:
+    """A stage that keeps what it replaces."""
+    with Workspace(
+        "prepare", fingerprint, outs=[DATA, METRICS], root=root, keep_replaced=True
+    ) as workspace:
+        if workspace.complete():
+            return
+        workspace.path(DATA).mkdir(exist_ok=True)
+        (workspace.path(DATA) / "a.txt").write_text(text)
+        write_json(workspace.path(METRICS), {"text": text})
+        workspace.publish()
+
+
+def test_outs_of_another_fingerprint_are_moved_aside_and_come_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep(tmp_path, "old", "a" * 64)
+    assert capsys.readouterr().err == ""
+    keep(tmp_path, "new", "b" * 64)
+    aside = tmp_path / ".scratch" / "prepare.aside"
+    said = capsys.readouterr().err
+    assert f"({'a' * 16}) were moved to {aside / ('a' * 16)}; lkcache clean lists" in said
+    assert (aside / ("a" * 16) / DATA / "a.txt").read_text() == "old"
+    assert state(tmp_path) == ("new", "new")
+    keep(tmp_path, "never written", "a" * 64)
+    assert f"took the outs of these parameters and inputs back from {aside}" in (
+        capsys.readouterr().err
+    )
+    assert state(tmp_path) == ("old", "old")
+    assert [p.name for p in aside.iterdir()] == ["b" * 16]
+    (aside / ("b" * 16) / DATA / "a.txt").write_text("torn")
+    keep(tmp_path, "anew", "b" * 64)
+    assert state(tmp_path) == ("anew", "anew")  # what is torn is not taken back
+
+
+def test_outs_that_nobody_stamped_are_never_lost(tmp_path: Path) -> None:
+    for text in ("first", "second"):
+        (tmp_path / DATA).mkdir(exist_ok=True)
+        (tmp_path / DATA / "a.txt").write_text(text)  # as dvc checkout writes it
+        (tmp_path / ".scratch" / "prepare.stamp.json").unlink(missing_ok=True)
+        keep(tmp_path, "new", "b" * 64)
+    found = sorted((tmp_path / ".scratch" / "prepare.aside").glob("00*/data/a.txt"))
+    assert [path.read_text() for path in found] == ["first", "second"]
+    (tmp_path / DATA / "a.txt").write_text("broken")  # of the same fingerprint: not kept
+    keep(tmp_path, "new", "b" * 64)
+    assert state(tmp_path) == ("new", "new")
+    assert len(list((tmp_path / ".scratch" / "prepare.aside").iterdir())) == 2
+
+
+@pytest.mark.parametrize("killed_at", [1, 2, 3, 4])
+def test_a_kill_while_outs_move_aside_loses_neither(tmp_path: Path, killed_at: int) -> None:
+    keep(tmp_path, "old", "a" * 64)
+    code = KILLED.replace("fail_at, work", "fail_at, keep").replace(
+        'work(Path(sys.argv[1]), "new", fingerprint="e" * 64)',
+        'keep(Path(sys.argv[1]), "new", "e" * 64)',
+    )
+    with python(code, tmp_path, killed_at) as child:
+        assert child.wait() == 9
+    keep(tmp_path, "never written", "e" * 64)
+    assert state(tmp_path) == ("new", "new")
+    keep(tmp_path, "never written", "a" * 64)
+    assert state(tmp_path) == ("old", "old")
+
+
+def test_work_that_was_published_is_not_called_unfinished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work(tmp_path, "old")
+    left = tmp_path / ".scratch" / "prepare" / ("f" * 16)  # of a kill right after publication
+    (left / "batches").mkdir(parents=True)
+    assert is_complete(tmp_path)
+    assert not left.exists()
+    is_complete(tmp_path, "e" * 64)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_disk_without_room_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2_500_000))
+    with Workspace("prepare", "f" * 64, outs=[DATA], root=tmp_path) as workspace:
+        workspace.require_room("the cache", left=2e6, total=9e9)  # one disk: `left` counts
+        with pytest.raises(
+            WorkspaceError, match=r"the cache needs 3 GB and the disk of .* has 2\.5 MB free"
+        ):
+            workspace.require_room("the cache", left=3e9, total=9e9)
+
+
+def test_a_real_disk_that_fills_up_or_is_read_only_loses_nothing(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "400k") as disk:
+        root = disk.path
+        work(root, "old")
+        with pytest.raises(OSError, match="No space left") as caught:
+            work(root, "new" * 300_000, fingerprint="e" * 64)
+        told = disk_error(caught.value)
+        assert told is not None
+        assert str(told).startswith(f"no space left on device while writing {root}")
+        assert state(root) == ("old", "old")
+        disk.set("size=64m")
+        work(root, "new" * 300_000, fingerprint="e" * 64)
+        disk.set("ro")
+        with pytest.raises(OSError, match="Read-only") as caught:
+            work(root, "newer", fingerprint="d" * 64)
+        assert str(disk_error(caught.value)).startswith("read-only file system while writing")
+        assert is_complete_read(root)
+        disk.set("rw")
+        work(root, "newer", fingerprint="d" * 64)
+        assert state(root) == ("newer", "newer")
+
+
+def is_complete_read(root: Path) -> bool:
+    """Read what stands there: no lock can be taken on a read-only disk."""
+    return state(root) == ("new" * 300_000, "new" * 300_000)
 
 
 def test_nothing_but_the_stamp_and_lock_stays_in_scratch(tmp_path: Path) -> None:
