@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from typer import Option
+from typer import Argument, Option
 
 from storage.codecs import decode_p, from_bf16_bits
 from storage.errors import DataError
@@ -30,7 +30,7 @@ QUANTILES = (0.1, 0.5, 0.9, 0.99, 1.0)
 
 
 def inspect(
-    cache: Path,
+    cache: Annotated[str, Argument(help="Its folder, or a URL: s3://bucket/key/train.zarr.")],
     sequence: Annotated[int, Option(help="Which sequence to show, from 0.")] = 0,
     tokens: Annotated[str, Option(help="Which of its positions, as A:B.")] = "",
 ) -> None:
@@ -50,7 +50,7 @@ def inspect(
     console = Console()
     for table in (_provenance(opened), _arrays(opened), _coverage(opened), _domains(opened)):
         console.print(table)
-    word = _vocabulary(cache / TOKENIZER)
+    word = _vocabulary(opened.path / TOKENIZER)
     console.print(_text(record, sequence, word))
     console.print(_alternatives(record, span, word))
 
@@ -108,7 +108,7 @@ def _grid(title: str, *columns: str) -> Table:
 
 def _provenance(cache: Cache) -> Table:
     layout = cache.layout
-    table = Table(title=f"{cache.path}", title_justify="left", title_style="bold", box=None)
+    table = Table(title=cache.name, title_justify="left", title_style="bold", box=None)
     table.add_column("what")
     table.add_column("value", overflow="fold")
     facts = {

@@ -340,11 +340,12 @@ class Cache:
         folder = self.path / entry.name
         known = self._shards.get(key)
         files = known[1] if known else entry.array_files(name)
-        for file, stated in files.items():
-            if self._mirror:  # which verifies what arrives
-                self._mirror.bring(f"{entry.name}/{file}", stated)
-            elif problem := stated.problem(folder / file, digest=key not in self._hashed):
-                raise corrupt(self.name, f"{entry.name}/{file}", problem)
+        if self._mirror:  # which verifies what arrives
+            self._mirror.bring({f"{entry.name}/{file}": stated for file, stated in files.items()})
+        else:
+            for file, stated in files.items():
+                if problem := stated.problem(folder / file, digest=key not in self._hashed):
+                    raise corrupt(self.name, f"{entry.name}/{file}", problem)
         self._hashed.add(key)
         if known is None:
             shard = self._decode(part, name, partial(open_shard, folder / name))

@@ -1,7 +1,7 @@
 """A cache in a store (`s3://…`, any URL of fsspec): a local folder that fills as it is read.
 
     mirror = open_mirror("s3://bucket/key/train.zarr", expect={}, limit_bytes=MIRROR_BYTES)
-    mirror.bring("part-00000/tokens/c/0", entry)      # now it is mirror.folder / that name
+    mirror.bring({"part-00000/tokens/c/0": entry})    # now it is mirror.folder / that name
 
 A store promises less than a disk, and the guarantees are the same: opening reads the manifest and
 its digest, lists the store once, and refuses a file that is missing, of another size, or of a part
@@ -15,7 +15,9 @@ How a store is reached (endpoint, key, profile) is fsspec's and the store's own 
 """
 
 import re
+import shutil
 import tempfile
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -45,9 +47,9 @@ class Mirror:
     def __init__(self, url: str, *, limit_bytes: int) -> None:
         """Use `open_mirror`, which checks the whole store first."""
         self.url = url.rstrip("/")
+        self.folder = Path(tempfile.mkdtemp(prefix="lkcache-"))
         # removed with this object, or when the interpreter ends
-        self._home = tempfile.TemporaryDirectory(prefix="lkcache-")
-        self.folder = Path(self._home.name)
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self.manifest: Manifest
         self._limit_bytes = limit_bytes
         self._held: OrderedDict[str, int] = OrderedDict()
@@ -64,15 +66,26 @@ class Mirror:
         skip = len(self._root.strip("/")) + 1
         return {path.strip("/")[skip:]: int(info["size"]) for path, info in found.items()}
 
-    def bring(self, name: str, stated: FileEntry) -> Path:
-        """The file on this disk, fetched and its digest compared where it was not there yet.
+    def bring(self, files: Mapping[str, FileEntry]) -> None:
+        """Have the files on this disk, fetched and their digests compared where they were not yet.
 
-        `CorruptPart` where it is not what was written, or the store has lost it.
+        Those asked for together stay together, however large. `CorruptPart` where one is not what
+        was written, or the store has lost it.
         """
+        for name, stated in files.items():
+            if name in self._held and (self.folder / name).is_file():
+                self._held.move_to_end(name)
+            else:
+                self._fetch_file(name, stated)
+                self._held_bytes += stated.num_bytes - self._held.pop(name, 0)
+                self._held[name] = stated.num_bytes
+        while self._held_bytes > self._limit_bytes and len(self._held) > len(files):
+            oldest, size = self._held.popitem(last=False)
+            (self.folder / oldest).unlink(missing_ok=True)
+            self._held_bytes -= size
+
+    def _fetch_file(self, name: str, stated: FileEntry) -> None:
         place = self.folder / name
-        if name in self._held and place.is_file():
-            self._held.move_to_end(name)
-            return place
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._ask(name, lambda: self._fs.get_file(f"{self._root}/{name}", str(place)))
@@ -81,13 +94,6 @@ class Mirror:
         if problem := stated.problem(place, digest=True):
             place.unlink(missing_ok=True)
             raise corrupt(self.url, name, problem.replace("is missing", "did not arrive"))
-        self._held_bytes += stated.num_bytes - self._held.pop(name, 0)
-        self._held[name] = stated.num_bytes
-        while self._held_bytes > self._limit_bytes and len(self._held) > 1:
-            oldest, size = self._held.popitem(last=False)
-            (self.folder / oldest).unlink(missing_ok=True)
-            self._held_bytes -= size
-        return place
 
     def _ask(self, name: str, request: Callable[[], Result]) -> Result:
         """What the store answers; its refusals as sentences, a missing file as itself."""
@@ -138,8 +144,7 @@ def open_mirror(url: str, *, expect: Mapping[str, str], limit_bytes: int) -> Mir
     mirror.manifest = parse_manifest(content, stated, f"{mirror.url}/{MANIFEST}")
     check_source(mirror.url, mirror.manifest.source, expect)
     _check_listing(mirror)
-    for name, entry in mirror.manifest.files.items():
-        mirror.bring(name, entry)
+    mirror.bring(mirror.manifest.files)
     return mirror
 
 
@@ -162,7 +167,7 @@ def _check_listing(mirror: Mirror) -> None:
             problem = f"has {found[name]} bytes, the manifest says {entry.num_bytes}"
             raise corrupt(mirror.url, name, problem)
     for part in mirror.manifest.parts:  # the log of a part is small; arrays are hashed when read
-        mirror.bring(f"{part.name}/{GROUP}", part.files[GROUP])
+        mirror.bring({f"{part.name}/{GROUP}": part.files[GROUP]})
 
 
 def _connect(url: str) -> tuple[Any, str]:
