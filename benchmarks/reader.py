@@ -1,15 +1,16 @@
 """How fast one core reads a cache: in order, shuffled, in random windows; beside a peer's format.
 
-    python -m benchmarks.reader           # about five minutes; writes reader.md beside this file
+    python -m benchmarks.reader           # some five minutes; writes reader.md beside this file
 
 A synthetic cache in the regime c14 at V = 128,256 (benchmarks/synthetic.py), p ≥ 5e-4, is read by
 `storage.reader` as it is, and by zarr with and without `zarrs`; the peer is Megatron-LM v2's
 storage re-implemented from its description (reference/offline_caches.md §2-3): the likeliest 128
 ids in 17 bits, float16 log-probabilities, torch.save, zstd 3, members of 4,096 tokens in one file,
 in order. It reads no checksum and no tail; it is timed as its loader works (int64 ids by torch) and
-as its format could be read. All end with ids as integers and p, or log p, as floats. Rates are tokens a second of CPU
-time of one core (and of wall time), page cache warm, the median of ROUNDS rounds taken in turn. A
-round opens the cache anew, so sha256 of every file is part of it.
+as its format could be read. All end with ids as integers and p, or log p, as floats.
+
+Rates are tokens a second of CPU time of one core (and of wall time), page cache warm, the median of
+ROUNDS rounds taken in turn. A round opens the cache anew, so sha256 of every file is part of it.
 """
 
 import io
@@ -35,7 +36,7 @@ from storage.reader import Cache
 from storage.stream import Stream
 from storage.writer import plan_parts, seal, write_part
 
-ROUNDS, DOCUMENTS, NUM_TOKENS, PART_TOKENS = 5, 8, 1 << 19, 131_072
+ROUNDS, DOCUMENTS, NUM_TOKENS, PART_TOKENS = 5, 8, 1 << 18, 65_536
 WINDOW, WINDOWS = 1024, 200
 # what a window reads must not lie decoded from an earlier one, as in a cache larger than memory
 COLD_BYTES = 1 << 20
@@ -54,10 +55,10 @@ RULE = Rule(min_prob=5e-4, max_kept=1024, tail_samples=16, tail_full_mass=0.05, 
 
 
 def write_cache(path: Path) -> None:
-    """Sequences of 512 to 8,191 tokens, NUM_TOKENS of them in all."""
+    """Sequences of 512 to 4,095 tokens, NUM_TOKENS of them in all."""
     rng, lengths = np.random.default_rng(0), []
     while sum(lengths) < NUM_TOKENS:
-        lengths.append(int(rng.integers(512, 8192)))
+        lengths.append(int(rng.integers(512, 4096)))
     kept = kept_laws("c14", num_documents=DOCUMENTS, seed=0, rule=RULE)
     made = list(records(kept, lengths=lengths, seed=0))
     parts = [
@@ -240,18 +241,19 @@ def report(rates: Readings, cache: Cache, peer_bytes: int) -> str:
         ),
         "unknown",
     )
+    tail = cache.manifest.coverage["mean_tail_mass"]
+    entries, samples = (counts[name] / counts["row"] for name in ("entry", "sample"))
+    about = (
+        f"Cache: {counts['token']:,} tokens, {len(cache.manifest.parts)} parts, K = {entries:.1f}, "
+        f"tail mass {tail:.4f}; {ours:.1f} B/token, and {sampled / counts['token']:.1f} B/token of "
+        f"{samples:.1f} tail samples. Peer: K = {PEER_K}, {peer_bytes / NUM_TOKENS:.1f} B/token."
+    )
+    machine = f"{os.cpu_count()} cores, {model}; one core used"
     lines = [
-        (
-            f"Machine: {os.cpu_count()} cores, {model}; one core used; load {os.getloadavg()[0]:.1f} at"
-            " the end."
-        ),
-        (
-            f"Cache: {counts['token']:,} tokens, {len(cache.manifest.parts)} parts, K = "
-            f"{counts['entry'] / counts['row']:.1f}, tail mass "
-            f"{cache.manifest.coverage['mean_tail_mass']:.4f}; {ours:.1f} B/token, and "
-            f"{sampled / counts['token']:.1f} B/token of {counts['sample'] / counts['row']:.1f} tail"
-            f" samples. Peer: K = {PEER_K}, {peer_bytes / NUM_TOKENS:.1f} B/token."
-        ),
+        f"Machine: {machine}; load {os.getloadavg()[0]:.1f} at the end.",
+        "",
+        about,
+        "",
         f"Tokens a second, median of {ROUNDS} rounds in turn; windows of {WINDOW:,} tokens.",
         "",
         "| read | by | tail samples | of CPU time | of wall time | × the peer in order, CPU |",

@@ -7,9 +7,10 @@
 After reference/offline_caches.md §4.1: scores of a low-rank factor model plus a Zipf-Mandelbrot
 unigram; a document's topic and an autoregressive context move the factors; each token's temperature
 is solved so that its entropy is the one drawn for it (nearly certain, or gamma distributed); and a
-broad background law of lognormal weight lies under all of it. `c14` was tuned there to what a real
-30 B model loses at K = 32, 64 and 128; `c06` (chat) and `c20` (hard) have no such anchor. Token ids
-are random, so nothing here says what ordering or context could gain on real text.
+broad background law of lognormal weight, over other ids each time, lies under all of it. `c14` was
+tuned there to what a real 30 B model loses at K = 32, 64 and 128; `c06` (chat) and `c20` (hard)
+have no such anchor. Token ids are random, so nothing here says what ordering or context could gain
+on real text.
 
     python -m benchmarks.synthetic        # prints the regimes beside the reference's figures
 """
@@ -203,8 +204,8 @@ def main() -> None:
             rows.append(np.stack([entropy, *lost, kept.sum(-1), 1 - (top * kept).sum(-1)]))
         h, a, b, c, kept, lost = np.concatenate(rows, -1)
         print(
-            f"{regime}    {h.mean():6.2f}    {np.median(h):6.2f}      {a.mean():.3f}  {b.mean():.3f}"
-            f"  {c.mean():.3f}   {kept.mean():.1f}, {lost.mean():.4f}"
+            f"{regime}    {h.mean():6.2f}    {np.median(h):6.2f}      {a.mean():.3f}"
+            f"  {b.mean():.3f}  {c.mean():.3f}   {kept.mean():.1f}, {lost.mean():.4f}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Work ahead in a thread: the same items in the same order, a few of them before they are asked for.
+"""Work ahead in a thread: the same items in the same order, a few of them made in advance.
 
     for batch in prefetched(batches, depth=2): ...
 
@@ -6,7 +6,7 @@ Decoding, hashing and copying release the interpreter for most of their time, so
 to hide them behind a training step. Knows nothing of what the items are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from queue import Full, Queue
 from threading import Event, Thread
 from typing import TypeVar
@@ -24,7 +24,7 @@ class _End:
         self.error = error
 
 
-def prefetched(items: Iterator[Item], *, depth: int) -> Iterator[Item]:
+def prefetched(items: Iterator[Item], *, depth: int) -> Generator[Item, None, None]:
     """`items`, up to `depth` of them made in advance; one more is in the making.
 
     What the source raises is raised here, after the items before it. Closing this generator stops

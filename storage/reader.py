@@ -39,6 +39,7 @@ from storage.layout import ARRAYS, Layout
 from storage.manifest import (
     FileEntry,
     Manifest,
+    PartEntry,
     check_files,
     check_source,
     corrupt,
@@ -337,18 +338,17 @@ class Cache:
     def _shard(self, part: int, name: str) -> Shard | None:
         """An array's shard, its files found and, the first time, their digests compared."""
         entry, key = self.manifest.parts[part], (part, name)
-        folder = self.path / entry.name
         known = self._shards.get(key)
-        files = known[1] if known else entry.array_files(name)
+        files = known[1] if known else _named(entry, name)
         if self._mirror:  # which verifies what arrives
-            self._mirror.bring({f"{entry.name}/{file}": stated for file, stated in files.items()})
+            self._mirror.bring(files)
         else:
             for file, stated in files.items():
-                if problem := stated.problem(folder / file, digest=key not in self._hashed):
-                    raise corrupt(self.name, f"{entry.name}/{file}", problem)
+                if problem := stated.problem(self.path / file, digest=key not in self._hashed):
+                    raise corrupt(self.name, file, problem)
         self._hashed.add(key)
         if known is None:
-            shard = self._decode(part, name, partial(open_shard, folder / name))
+            shard = self._decode(part, name, partial(open_shard, self.path / entry.name / name))
             if shard is not None:
                 self._check_shape(part, name, shard.shape, shard.dtype)
             known = self._shards[key] = (shard, files)
@@ -479,6 +479,11 @@ def _read_by_zarr(folder: Path) -> NDArray[Any]:
     with _CONFIG_LOCK, zarr.config.set(READ):
         stored = zarr.open_array(folder, mode="r", zarr_format=3)
     return np.asarray(stored[...])
+
+
+def _named(part: PartEntry, array: str) -> dict[str, FileEntry]:
+    """The files of an array by their names in the cache."""
+    return {f"{part.name}/{file}": entry for file, entry in part.array_files(array).items()}
 
 
 def _dims(names: Sequence[str]) -> set[str]:

@@ -20,7 +20,7 @@ in whole sequences equal up to the longest one (`storage.order.share`), in windo
 need no agreement but their number. Knows numpy and the cache, neither tensors nor drafts.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -78,7 +78,7 @@ class Stream:
         self._place: Place = (0, 0)
         self._check()
 
-    def __iter__(self) -> Iterator[list[Record]]:
+    def __iter__(self) -> Generator[list[Record], None, None]:
         """Endless; closing the generator ends the thread that prefetches."""
         batches = self._batches(*self._place)
         if self._prefetch:
@@ -141,7 +141,7 @@ class Stream:
                 todo=f"set pack_tokens to {longest} or more, or read windows",
             )
 
-    def _batches(self, epoch: int, index: int) -> Iterator[tuple[list[Record], Place]]:
+    def _batches(self, epoch: int, index: int) -> Generator[tuple[list[Record], Place], None, None]:
         """(records, the place after them) from a place on."""
         units = self._units(epoch, index)
         while batch := list(islice(units, self._batch)):

@@ -133,7 +133,9 @@ def test_a_position_of_another_stream_is_refused(cache_path: Path, tmp_path: Pat
         with pytest.raises(FingerprintMismatch, match=rf"a position in a stream of {name} .*; ex"):
             Stream(cache, **options).resume(saved)  # type: ignore[arg-type]
     other = Cache.open(write_cache(tmp_path / "o.zarr", TOPK, make_records(TOPK, [9])))
-    with pytest.raises(FingerprintMismatch, match="of cache .* resume with the parameters and the"):
+    with pytest.raises(
+        FingerprintMismatch, match=r"of cache .* resume with the parameters and the"
+    ):
         Stream(other, seed=1).resume(saved)
 
 
