@@ -255,6 +255,7 @@ def report(rates: Readings, cache: Cache, peer_bytes: int) -> str:
         about,
         "",
         f"Tokens a second, median of {ROUNDS} rounds in turn; windows of {WINDOW:,} tokens.",
+        "Wall time is what the load left of the machine; CPU time is what compares.",
         "",
         "| read | by | tail samples | of CPU time | of wall time | × the peer in order, CPU |",
         "| --- | --- | --- | ---: | ---: | ---: |",
