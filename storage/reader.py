@@ -179,6 +179,9 @@ class Cache:
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """[sequence] tokens of each sequence, in the order of capture."""
+        if self._mirror:
+            named = (_named(part, "length") for part in self.manifest.parts)
+            self._mirror.bring({file: stated for files in named for file, stated in files.items()})
         parts = [self.part_lengths(part) for part in range(self.num_parts)]
         return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
 

@@ -19,7 +19,8 @@ import shutil
 import tempfile
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,6 +63,7 @@ class Mirror:
 
     def sizes(self) -> dict[str, int]:
         """{name: bytes} of everything below the cache."""
+        self._fs.invalidate_cache(self._root)  # a listing of an earlier opening says nothing
         found = self._ask("", lambda: self._fs.find(self._root, detail=True))
         skip = len(self._root.strip("/")) + 1
         return {path.strip("/")[skip:]: int(info["size"]) for path, info in found.items()}
@@ -72,28 +74,41 @@ class Mirror:
         Those asked for together stay together, however large. `CorruptPart` where one is not what
         was written, or the store has lost it.
         """
+        absent = {}
         for name, stated in files.items():
             if name in self._held and (self.folder / name).is_file():
                 self._held.move_to_end(name)
             else:
-                self._fetch_file(name, stated)
-                self._held_bytes += stated.num_bytes - self._held.pop(name, 0)
-                self._held[name] = stated.num_bytes
+                absent[name] = stated
+        self._fetch_files(absent)
+        for name, stated in absent.items():
+            if problem := stated.problem(self.folder / name, digest=True):
+                (self.folder / name).unlink(missing_ok=True)
+                raise corrupt(self.url, name, problem)
+            self._held_bytes += stated.num_bytes - self._held.pop(name, 0)
+            self._held[name] = stated.num_bytes
         while self._held_bytes > self._limit_bytes and len(self._held) > len(files):
             oldest, size = self._held.popitem(last=False)
             (self.folder / oldest).unlink(missing_ok=True)
             self._held_bytes -= size
 
-    def _fetch_file(self, name: str, stated: FileEntry) -> None:
-        place = self.folder / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._ask(name, lambda: self._fs.get_file(f"{self._root}/{name}", str(place)))
-        except FileNotFoundError:
-            raise corrupt(self.url, name, "is missing") from None
-        if problem := stated.problem(place, digest=True):
-            place.unlink(missing_ok=True)
-            raise corrupt(self.url, name, problem.replace("is missing", "did not arrive"))
+    def _fetch_files(self, names: Collection[str]) -> None:
+        """All at once where there are several, which a store answers side by side."""
+        places = {f"{self._root}/{name}": str(self.folder / name) for name in names}
+        for name in names:
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if len(places) > 1:
+            try:
+                self._ask("", lambda: self._fs.get(list(places), list(places.values())))
+            except FileNotFoundError:
+                pass  # one by one, so that it can be named
+            else:
+                return
+        for name, (there, here) in zip(names, places.items(), strict=True):
+            try:
+                self._ask(name, partial(self._fs.get_file, there, here))
+            except FileNotFoundError:
+                raise corrupt(self.url, name, "is missing") from None
 
     def _ask(self, name: str, request: Callable[[], Result]) -> Result:
         """What the store answers; its refusals as sentences, a missing file as itself."""
@@ -166,8 +181,8 @@ def _check_listing(mirror: Mirror) -> None:
         if found[name] != entry.num_bytes:
             problem = f"has {found[name]} bytes, the manifest says {entry.num_bytes}"
             raise corrupt(mirror.url, name, problem)
-    for part in mirror.manifest.parts:  # the log of a part is small; arrays are hashed when read
-        mirror.bring({f"{part.name}/{GROUP}": part.files[GROUP]})
+    # the log of a part is small; arrays are hashed when they are read
+    mirror.bring({f"{p.name}/{GROUP}": p.files[GROUP] for p in mirror.manifest.parts})
 
 
 def _connect(url: str) -> tuple[Any, str]:
