@@ -43,7 +43,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	  "python3, python3.12, python3.11; install one or set PYTHON=/path/to/python3.12"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-	  "torch==2.13.0" --editable ".[pipeline,fast,dev]"
+	  "torch==2.13.0" --editable ".[pipeline,fast,s3,dev]"
 	@touch $@
 
 deps: env  ## write every stage's import closure into dvc.yaml

@@ -31,7 +31,7 @@ QUANTILES = (0.1, 0.5, 0.9, 0.99, 1.0)
 
 
 def inspect(
-    cache: Annotated[Path, Argument(help="The cache's folder, such as cache/train.zarr.")],
+    cache: Annotated[str, Argument(help="Its folder, or a URL: s3://bucket/key/train.zarr.")],
     file: Annotated[
         Path | None, Argument(help="With --html: where to write the page; CACHE.html if left out.")
     ] = None,
@@ -56,7 +56,9 @@ def inspect(
         )
     opened = Cache.open(cache)
     if html:
-        _write_page(opened, file or Path(f"{cache.resolve().stem}.html"), sequences)
+        _write_page(
+            opened, file or Path(f"{Path(cache).name.removesuffix('.zarr')}.html"), sequences
+        )
         return
     if not 0 <= sequence < opened.num_sequences:
         raise DataError(
@@ -69,7 +71,7 @@ def inspect(
     console = Console()
     for table in (_provenance(opened), _arrays(opened), _coverage(opened), _domains(opened)):
         console.print(table)
-    word = _vocabulary(cache / TOKENIZER)
+    word = _vocabulary(opened.path / TOKENIZER)
     console.print(_text(record, sequence, word))
     console.print(_alternatives(record, span, word))
 
@@ -150,7 +152,7 @@ def _grid(title: str, *columns: str) -> Table:
 
 def _provenance(cache: Cache) -> Table:
     layout = cache.layout
-    table = Table(title=f"{cache.path}", title_justify="left", title_style="bold", box=None)
+    table = Table(title=cache.name, title_justify="left", title_style="bold", box=None)
     table.add_column("what")
     table.add_column("value", overflow="fold")
     facts = {

@@ -32,7 +32,6 @@ from pipeline.draft import Draft, DraftConfig, Needs, find
 from pipeline.interface import Interface, Shape
 from pipeline.loss import DepthWeights, align, reduce
 from pipeline.optimizer import AdamW, learning_rate
-from pipeline.prefetch import prefetched
 from pipeline.provenance import Progress as ProgressLine
 from pipeline.ranks import Ranks, Sharding
 from pipeline.resume import Keeper, Saved
@@ -41,11 +40,15 @@ from pipeline.terms import terms
 from pipeline.vocab import draft_vocabulary
 from storage.errors import DraftError
 from storage.manifest import MANIFEST
+from storage.prefetch import prefetched
 from storage.reader import Cache
 from storage.workspace import file_digest
 
 EXPLODED = 1e3
 """Nats. KL to a uniform draft is log V < 13 at V = 262,144, five depths of it < 65."""
+
+AHEAD = 2
+"""Batches made in advance: one hides the reader, the second evens out a slow one."""
 
 HELDOUT_POINTS = 4
 """Early evaluations a run, the end included: a few rows of the curve, under 3 % of the time."""
@@ -561,7 +564,7 @@ def fit_from_cache(
         device=device,
         rank=rank,
     )
-    with closing(prefetched(batches)) as stream:
+    with closing(prefetched(batches, depth=AHEAD)) as stream:
         return fit(
             draft.to(ranks.device),
             stream,

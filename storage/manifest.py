@@ -176,16 +176,24 @@ def read_manifest(cache: Path) -> Manifest:
             expected="a finished cache, whose manifest is written last",
             todo="run dvc repro, so that capture finishes it, or correct the path",
         ) from None
+    return parse_manifest(content, stated, path)
+
+
+def parse_manifest(content: bytes, stated: bytes, where: Path | str) -> Manifest:
+    """The manifest of the bytes of `manifest.json` and `manifest.sha256`; `where` names the former.
+
+    `CorruptPart` where they contradict each other or are none, `NewerFormat`.
+    """
     if stated != digest_line(content):
         raise CorruptPart(
-            found=f"{path} has sha256 {digest_line(content)[:12].decode()}…",
+            found=f"{where} has sha256 {digest_line(content)[:12].decode()}…",
             expected=f"what {MANIFEST_DIGEST} says, {stated[:12].decode('ascii', 'replace')}…",
             todo=REFILL,
         )
-    return _parse(content, path)
+    return _parse(content, where)
 
 
-def _parse(content: bytes, path: Path) -> Manifest:
+def _parse(content: bytes, path: Path | str) -> Manifest:
     try:
         value = json.loads(content)
         version = value["version"]
@@ -230,7 +238,7 @@ def check_files(cache: Path, manifest: Manifest) -> None:
                 raise corrupt(cache, f"{part.name}/{name}", problem)
 
 
-def check_source(path: Path, source: Mapping[str, str], expect: Mapping[str, str]) -> None:
+def check_source(path: Path | str, source: Mapping[str, str], expect: Mapping[str, str]) -> None:
     """`FingerprintMismatch` naming both sides where a source differs from what is expected."""
     for key, wanted in expect.items():
         found = source.get(key)
@@ -242,7 +250,7 @@ def check_source(path: Path, source: Mapping[str, str], expect: Mapping[str, str
             )
 
 
-def corrupt(cache: Path, where: str, problem: str) -> CorruptPart:
+def corrupt(cache: Path | str, where: str, problem: str) -> CorruptPart:
     """The error for a damaged part or file of a cache."""
     return CorruptPart(
         found=f"{cache}: {where} {problem}",

@@ -10,11 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import storage.reader
+import storage.writer
 from storage.codecs import bf16_bits, from_bf16_bits
 from storage.errors import CorruptPart, FingerprintMismatch, MissingManifest, NewerFormat
 from storage.layout import Layout
 from storage.reader import Cache
-from storage.record import Record
+from storage.record import Record, supervised
+from storage.shard import Shard
 from storage.verify import check_cache
 from storage.workspace import file_digest
 from tests.storage.samples import FULL, SOURCE, TOPK, make_records, write_cache
@@ -137,29 +139,137 @@ def test_decoded_parts_are_kept_within_the_bound(
     cache_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads: list[tuple[int, str]] = []
-    read = Cache._read
+    decode = Cache._decode
 
-    def counted(self: Cache, part: int, name: str) -> Any:
-        reads.append((part, name))
-        return read(self, part, name)
+    def counted(self: Cache, part: int, name: str, read: Any) -> Any:
+        if getattr(read, "func", read).__name__ in ("read_chunk", "read_all"):
+            reads.append((part, name))
+        return decode(self, part, name, read)
 
-    monkeypatch.setattr(Cache, "_read", counted)
+    monkeypatch.setattr(Cache, "_decode", counted)
     for keep_bytes, times in ((1 << 20, 1), (1, 2)):
         cache = Cache.open(cache_path, keep_bytes=keep_bytes)
         for _ in range(2):
             list(cache.epoch(0))
-        assert reads.count((0, "hidden")) == times
+        assert reads.count((0, "tokens")) >= times
+        assert (reads.count((0, "hidden")) == 1) == (times == 1)
+        assert len(cache._decoded) == 1 or cache._held_bytes <= keep_bytes
         reads.clear()
 
 
-def test_the_default_pipeline_reads_the_same(
+@pytest.mark.parametrize(
+    "pipeline", ["zarrs.ZarrsCodecPipeline", "zarr.core.codec_pipeline.BatchedCodecPipeline"]
+)
+def test_zarr_reads_the_same(
+    cache_path: Path, monkeypatch: pytest.MonkeyPatch, pipeline: str
+) -> None:
+    cache = Cache.open(cache_path)
+    fast, window = cache.records(range(len(LENGTHS))), cache.window(7, 20, 70)
+    assert "zarrs" in str(storage.reader.READ)
+    monkeypatch.setattr(storage.reader, "READ", {"codec_pipeline.path": pipeline})
+    monkeypatch.setattr(storage.reader, "open_shard", lambda folder: None)
+    other = Cache.open(cache_path)
+    assert_same(other.records(range(len(LENGTHS))), fast)
+    assert_same([other.window(7, 20, 70)], [window])
+
+
+def sliced(record: Record, start: int, stop: int) -> Record:
+    """The obvious window: token by token, without the law of the last."""
+    columns: dict[str, list[Any]] = {name: [] for name in ("ids", "p", "drawn", "logp", "rows")}
+    entry, sample, row = 0, 0, 0
+    rows = supervised(record.turn)
+    for t in range(stop):
+        kept, drawn = int(record.kept[t]), int(record.tail_kept[t])
+        if start <= t < stop - 1:
+            columns["ids"] += record.topk_ids[entry : entry + kept].tolist()
+            columns["p"] += record.topk_p[entry : entry + kept].tolist()
+            columns["drawn"] += record.tail_ids[sample : sample + drawn].tolist()
+            columns["logp"] += record.tail_logp[sample : sample + drawn].tolist()
+            if record.logits is not None and rows[t]:
+                columns["rows"].append(record.logits[row])
+        entry, sample, row = entry + kept, sample + drawn, row + int(rows[t])
+
+    def cut(value: Any) -> Any:
+        return None if value is None else value[start:stop]
+
+    def law(value: Any) -> Any:
+        out = value[start:stop].copy()
+        out[-1] = 0
+        return out
+
+    width = record.logits.shape[1] if record.logits is not None else 0
+    return Record(
+        id=record.id,
+        domain=record.domain,
+        tokens=cut(record.tokens),
+        turn=cut(record.turn),
+        token_logp=law(record.token_logp),
+        kept=law(record.kept),
+        topk_ids=np.array(columns["ids"], dtype=np.uint32),
+        topk_p=np.array(columns["p"], dtype=np.uint16),
+        tail_logp_mass=law(record.tail_logp_mass),
+        tail_kept=law(record.tail_kept),
+        tail_ids=np.array(columns["drawn"], dtype=np.uint32),
+        tail_logp=np.array(columns["logp"], dtype=np.float16),
+        logits=None
+        if record.logits is None
+        else np.array(columns["rows"], dtype=np.uint16).reshape(-1, width),
+        hidden=cut(record.hidden),
+        last_hidden=cut(record.last_hidden),
+    )
+
+
+@pytest.mark.parametrize("layout", [TOPK, FULL], ids=["topk", "full"])
+def test_a_window_is_a_sound_record_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Layout
+) -> None:
+    monkeypatch.setattr(storage.writer, "chunk_length", lambda *_, **__: 16)
+    records = make_records(layout, LENGTHS)
+    path = write_cache(tmp_path / "c.zarr", layout, records)
+    spans = [(0, 0, 30), (7, 0, 1), (7, 3, 4), (7, 15, 33), (7, 40, 90), (2, 0, 79), (4, 31, 60)]
+    for keep_bytes in (1, 1 << 20):
+        cache = Cache.open(path, keep_bytes=keep_bytes)
+        for sequence, start, stop in spans:
+            found = cache.window(sequence, start, stop)
+            found.check(layout)
+            assert_same([found], [sliced(records[sequence], start, stop)])
+            assert not found.tokens.flags.writeable
+            assert not found.kept.flags.writeable
+        with pytest.raises(IndexError, match="tokens 3 to 91 of 90, sequence 7"):
+            cache.window(7, 3, 91)
+        with pytest.raises(IndexError, match="sequence 10 of 10"):
+            cache.window(10, 0, 1)
+
+
+def test_a_window_decodes_its_chunks_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage.writer, "chunk_length", lambda *_, **__: 16)
+    path = write_cache(tmp_path / "c.zarr", TOPK, make_records(TOPK, [800]), part_tokens=900)
+    cache = Cache.open(path)
+    read: list[int] = []
+    chunk = Shard.read_chunk
+
+    def counted(self: Shard, number: int, **options: Any) -> Any:
+        read.append(number)
+        return chunk(self, number, **options)
+
+    monkeypatch.setattr(Shard, "read_chunk", counted)
+    window = cache.window(0, 400, 440, arrays={"hidden"})
+    assert window.hidden is not None
+    assert sorted(read) == [25, 26, 27]
+
+
+def test_counts_that_do_not_add_up_are_refused(
     cache_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fast = Cache.open(cache_path).records(range(len(LENGTHS)))
-    assert "zarrs" in str(storage.reader.READ)
-    pipeline = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
-    monkeypatch.setattr(storage.reader, "READ", pipeline)
-    assert_same(Cache.open(cache_path).records(range(len(LENGTHS))), fast)
+    """Never cut by offsets that the manifest contradicts, even where every digest matches."""
+    read = Cache._read
+
+    def altered(self: Cache, part: int, name: str) -> Any:
+        return read(self, part, name) + (name == "kept")
+
+    monkeypatch.setattr(Cache, "_read", altered)
+    with pytest.raises(CorruptPart, match=r"part-00000/kept adds up to \d+, the manifest says"):
+        Cache.open(cache_path).records([0])
 
 
 def test_full_logits_are_cut_by_supervised_rows(tmp_path: Path) -> None:
