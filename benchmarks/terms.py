@@ -289,12 +289,13 @@ def report(shape: dict[str, Any], device: str, rounds: int) -> str:
     packages = [f"torch {version('torch')}", f"triton {version('triton')}"]
     packages += [f"{PEERS[name]} {found}" for name, found in installed.items()]
     size = f"T = {shape['tokens']:,}, V = {shape['vocab']:,}, {shape['dtype']}"
+    clock = "Wall time" if device == "cuda" else "CPU time of the one thread"
     kind = f"{ENTRIES[0]}-{ENTRIES[1]} entries a row"
     load = f"{os.getloadavg()[0]:.0f} on {os.cpu_count()} cores at the start"
     lines = [
         f"LK hybrid loss, forward + backward: {size}, {kind}.",
         f"{machine(device)}; {', '.join(packages)}.",
-        f"Least of {rounds} x {REPEATS} runs, fresh processes, cases in turn; load {load}.",
+        f"{clock}, least of {rounds} x {REPEATS} runs, fresh processes, cases in turn; load {load}.",
         "",
         *table(shape, device, loss, rounds),
         *(f"| {n} | absent | | | | |" for n in names if n not in own),
