@@ -295,7 +295,7 @@ def report(shape: dict[str, Any], device: str, rounds: int) -> str:
     lines = [
         f"LK hybrid loss, forward + backward: {size}, {kind}.",
         f"{machine(device)}; {', '.join(packages)}.",
-        f"{clock}, least of {rounds} x {REPEATS} runs, fresh processes, cases in turn; load {load}.",
+        f"{clock}, least of {rounds} x {REPEATS} runs, fresh processes in turn; load {load}.",
         "",
         *table(shape, device, loss, rounds),
         *(f"| {n} | absent | | | | |" for n in names if n not in own),
