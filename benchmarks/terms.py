@@ -181,6 +181,8 @@ def run(name: str, shape: dict[str, Any], device: str) -> dict[str, float]:
         torch.zeros(8).exp().sum().item()  # the library's own pages
     base = 0 if cuda else resident("VmRSS")
     function, leaves = build(name, shape, device)
+    if not cuda:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak, from here on
     held = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -286,13 +288,14 @@ def report(shape: dict[str, Any], device: str, rounds: int) -> str:
     loss = [n for n in own if not n.startswith("LM head")]
     packages = [f"torch {version('torch')}", f"triton {version('triton')}"]
     packages += [f"{PEERS[name]} {found}" for name, found in installed.items()]
-    kind = f"{shape['dtype']}, {ENTRIES[0]}-{ENTRIES[1]} entries a row"
+    size = f"T = {shape['tokens']:,}, V = {shape['vocab']:,}, {shape['dtype']}"
+    clock = "Wall time" if device == "cuda" else "CPU time of the one thread"
+    kind = f"{ENTRIES[0]}-{ENTRIES[1]} entries a row"
     load = f"{os.getloadavg()[0]:.0f} on {os.cpu_count()} cores at the start"
     lines = [
-        f"LK hybrid loss, forward + backward: T = {shape['tokens']:,}, V = {shape['vocab']:,},",
-        f"{kind}.",
+        f"LK hybrid loss, forward + backward: {size}, {kind}.",
         f"{machine(device)}; {', '.join(packages)}.",
-        f"Least of {rounds} x {REPEATS} runs, fresh processes, cases in turn; load {load}.",
+        f"{clock}, least of {rounds} x {REPEATS} runs, fresh processes in turn; load {load}.",
         "",
         *table(shape, device, loss, rounds),
         *(f"| {n} | absent | | | | |" for n in names if n not in own),

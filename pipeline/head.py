@@ -1,6 +1,6 @@
 """`head_terms`: the terms straight from hidden states and an LM head; logits never stored whole.
 
-The same numbers as `terms(hidden @ weight.T, law)`, MATHS (46), block after block of the
+The same numbers as `terms(hidden @ weight.T, law)`, MATHS (56), block after block of the
 vocabulary: forward keeps a running log-sum-exp and the logits of the entries; backward, which comes
 once all depths' terms are in and the loss is known, makes each block of logits again, turns it into
 its gradient and multiplies that into both. So the head's weight is read twice and its gradient
@@ -123,7 +123,7 @@ class _LogSumExp:
 
 
 class _Head(torch.autograd.Function):
-    """MATHS (46)."""
+    """MATHS (56)."""
 
     @staticmethod
     def forward(

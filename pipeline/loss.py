@@ -74,7 +74,7 @@ def reduce(
     depth_weights: DepthWeights = "decay",
     alpha_SN: Tensor | None = None,
 ) -> Tensor:
-    """Σ_k w_k · mean of depth k over its supervised anchors: a scalar, MATHS (15), (45).
+    """Σ_k w_k · mean of depth k over its supervised anchors: a scalar, MATHS (15), (55).
 
     w_k is depth_decay^k, 1 (`uniform`), or of each anchor the detached probability that depth k is
     reached (`survival`, which asks for `alpha_SN`).

@@ -1,6 +1,6 @@
 """`terms`: KL and acceptance of draft logits against the cached law, with closed-form gradients.
 
-The readable definition is MATHS (1)-(9), (40)-(43); a dense float64 version of it stands in the
+The readable definition is MATHS (1)-(9), (50)-(53); a dense float64 version of it stands in the
 test. Here a sparse law costs one pass over the logits forward and one backward, and nothing of size
 [N, V] is kept but the logits themselves: both gradients are a multiple of q plus values at the
 entries.
@@ -183,7 +183,7 @@ class Seen:
 def entry_terms(
     e: Entries, logq: Tensor, log_rest: Tensor | None, *, jsd: bool = False
 ) -> tuple[tuple[Tensor, ...], Seen]:
-    """(kl, alpha) or (kl, alpha, jsd) of each row from log q at its entries; MATHS (5), (6), (42).
+    """(kl, alpha) or (kl, alpha, jsd) of each row from log q at its entries; MATHS (5), (6), (52).
 
     log_rest: [N] log of q outside the entries, −inf where nothing is; None where no row has a
     bucket.
@@ -216,7 +216,7 @@ def entry_pulls(
 
     It is scale · q_j at every id j, `base` in place of that at the entries (None where it is the
     same), and each entry's `value` added to its id. A pull is h w q ∂min/∂q of an entry, and for
-    the Jensen-Shannon overlap likewise (41).
+    the Jensen-Shannon overlap likewise (51).
     """
     q, bucket, log_rest = seen.logq.exp(), seen.bucket, seen.log_rest
     g_kl, g_alpha = g_kl.double(), g_alpha.double()
@@ -242,7 +242,7 @@ def entry_pulls(
 
 
 def _shared(logp: Tensor, logq: Tensor) -> Tensor:
-    """The overlap p log(1 + q/p) + q log(1 + p/q) of MATHS (40)."""
+    """The overlap p log(1 + q/p) + q log(1 + p/q) of MATHS (50)."""
     both = torch.logaddexp(logp, logq)
     return logp.exp() * (both - logp) + logq.exp() * (both - logq)
 
@@ -350,7 +350,7 @@ def _spread(
 
 
 class _Dense(torch.autograd.Function):
-    """MATHS (3), (4), (7), (8), (40)-(43) for full rows, with the same care for tiny α."""
+    """MATHS (3), (4), (7), (8), (50)-(53) for full rows, with the same care for tiny α."""
 
     @staticmethod
     def forward(

@@ -81,7 +81,7 @@ class FitConfig(Strict):
     clip: Annotated[float, Field(gt=0)]
     """Largest norm of all gradients together."""
     depth_weights: DepthWeights
-    """Of depth k: depth_decay^k, 1, or the detached probability of reaching it, MATHS (45)."""
+    """Of depth k: depth_decay^k, 1, or the detached probability of reaching it, MATHS (55)."""
     depth_decay: Annotated[float, Field(gt=0, le=1)]
     """Read by `depth_weights: decay`; 1 with the others."""
     heldout_sequences: Positive

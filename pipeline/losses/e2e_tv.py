@@ -1,4 +1,4 @@
-"""1 − mean over depths of Π α, MATHS (44), arXiv 2606.12370: what a chain loses end to end."""
+"""1 − mean over depths of Π α, MATHS (54), arXiv 2606.12370: what a chain loses end to end."""
 
 from typing import Literal
 
@@ -16,7 +16,7 @@ class Config(Strict):
 
 
 def loss(kl_SN: Tensor, alpha_SN: Tensor, mask_SN: Tensor, config: Config) -> Tensor:  # noqa: ARG001  one signature for all losses
-    """[S, N]: (1 − Π_{i≤k} α_i) / S, so that `depth_weights: uniform` sums it to (44).
+    """[S, N]: (1 − Π_{i≤k} α_i) / S, so that `depth_weights: uniform` sums it to (54).
 
     Its gradient at an anchor is small where the anchor's first depths are rejected: start from a
     trained arm, or from the warm-up.

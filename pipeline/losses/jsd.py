@@ -1,4 +1,4 @@
-"""Jensen-Shannon divergence of p and q, MATHS (40): bounded, and it needs no renormalised p."""
+"""Jensen-Shannon divergence of p and q, MATHS (50): bounded, and it needs no renormalised p."""
 
 from typing import ClassVar, Literal
 

@@ -1,4 +1,4 @@
-"""KL(q‖p̃), MATHS (43), arXiv 2306.08543: the mode-seeking baseline; whole laws only."""
+"""KL(q‖p̃), MATHS (53), arXiv 2306.08543: the mode-seeking baseline; whole laws only."""
 
 from typing import ClassVar, Literal
 

@@ -318,7 +318,7 @@ def test_forward_and_backward_build_no_dense_target() -> None:
 
 
 def shared(p: Tensor, q: Tensor) -> Tensor:
-    """2 log 2 − 2 JSD, id by id, MATHS (40)."""
+    """2 log 2 − 2 JSD, id by id, MATHS (50)."""
     middle = (p + q) / 2
     return p * (2 * middle / p).log() + q * (2 * middle / q).log()
 
