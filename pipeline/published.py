@@ -134,15 +134,20 @@ def vocabulary_maps(d2t: Tensor | None, vocab_size: int) -> dict[str, Tensor]:
 
 
 def _draft_ids(
-    tensors: dict[str, Tensor], size: int, vocab_size: int, place: Path
+    tensors: dict[str, Tensor], size: int, vocab_size: int, *, place: Path, complete: bool
 ) -> Tensor | None:
-    """Take `d2t` and `t2d` out of a folder's tensors and check them: our d2t, or None."""
+    """Take `d2t` and `t2d` out of a folder's tensors and check them: our d2t, or None.
+
+    Engines read `d2t` alone, so that others may leave `t2d` out.
+    """
     expected = {} if size == vocab_size else {"d2t": [size], "t2d": [vocab_size]}
     maps: dict[str, Tensor] = {k: tensors.pop(k) for k in ("d2t", "t2d") if k in tensors}
+    if not complete and "t2d" not in maps:
+        expected.pop("t2d", None)
     same_shapes(place, maps, expected)
     d2t = require_d2t(from_offsets(maps["d2t"]) if maps else None, size, vocab_size)
-    if d2t is None:
-        return None
+    if d2t is None or "t2d" not in maps:
+        return d2t
     if not torch.equal(kept(d2t, vocab_size), maps["t2d"].bool()):
         raise DraftError(
             found=f"{place}: t2d keeps other ids than d2t names",
@@ -178,13 +183,21 @@ def _section(flags: Mapping[str, Any], prefix: str, layers: int) -> dict[str, An
 
 
 def _build(
-    folder: Path, section: Mapping[str, Any], *, table: KeyTable, sizes: tuple[int, int, int]
+    folder: Path,
+    section: Mapping[str, Any],
+    *,
+    table: KeyTable,
+    sizes: tuple[int, int, int],
+    embed: Tensor | None,
+    complete: bool,
 ) -> Draft:
     """The draft of a section, filled from a folder's tensors; sizes: V, Vd, D."""
     vocab_size, draft_size, width = sizes
     module, place, tensors = find("eagle3"), folder / "model.safetensors", read_tensors(folder)
     config = parse(f"{folder / CONFIG}", section, module.Config)
-    d2t = _draft_ids(tensors, draft_size, vocab_size, place)
+    if embed is not None:
+        tensors.setdefault("embed_tokens.weight", embed)
+    d2t = _draft_ids(tensors, draft_size, vocab_size, place=place, complete=complete)
     draft = module.Model(
         config, torch.zeros(vocab_size, width), head=torch.zeros(draft_size, width), d2t=d2t
     )
@@ -215,8 +228,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG)
 
 
-def read_speculators(folder: Path, *, complete: bool) -> Published:
-    """A folder of the speculators layout; complete: as our own export writes it."""
+def read_speculators(folder: Path, *, complete: bool, embed: Tensor | None = None) -> Published:
+    """A folder of the speculators layout; complete: as our own export writes it.
+
+    embed: the target's, for a folder that leaves it out.
+    """
     config, place = _read_config(folder), folder / CONFIG
     layer = config.get("transformer_layer_config")
     if isinstance(layer, Mapping):
@@ -226,11 +242,19 @@ def read_speculators(folder: Path, *, complete: bool) -> Published:
     prefix = "transformer_layer_config."
     section = _section(flags, prefix, len(layers or [0] * 3))
     sizes = flags[f"{prefix}vocab_size"], flags["draft_vocab_size"], flags[f"{prefix}hidden_size"]
-    draft = _build(folder, section, table=eagle3_keys("layers.0"), sizes=sizes)
+    keys = eagle3_keys("layers.0")
+    draft = _build(folder, section, table=keys, sizes=sizes, embed=embed, complete=complete)
     return Published(draft, layers)
 
 
-def read_flat(folder: Path, *, flags: Mapping[str, Flag], layer: str, complete: bool) -> Published:
+def read_flat(
+    folder: Path,
+    *,
+    flags: Mapping[str, Flag],
+    layer: str,
+    complete: bool,
+    embed: Tensor | None = None,
+) -> Published:
     """A folder of the flat layout; flags: `EAGLE_FLAGS` or `SGLANG_FLAGS`."""
     config = _modern(_read_config(folder))
     values = read_flags(config, flags, place=folder / CONFIG, complete=complete)
@@ -244,7 +268,8 @@ def read_flat(folder: Path, *, flags: Mapping[str, Flag], layer: str, complete: 
     ids = values.get("eagle_config.eagle_aux_hidden_state_layer_ids")
     section = _section(values, "", values.get("num_aux_hidden_states", 3))
     sizes = values["vocab_size"], values["draft_vocab_size"], values["hidden_size"]
-    draft = _build(folder, section, table=eagle3_keys(layer), sizes=sizes)
+    keys = eagle3_keys(layer)
+    draft = _build(folder, section, table=keys, sizes=sizes, embed=embed, complete=complete)
     return Published(draft, None if ids is None else input_index(ids))
 
 
@@ -258,11 +283,14 @@ def input_index(ids: Sequence[int]) -> list[int]:
     return [layer + 1 for layer in ids]
 
 
-def read_eagle3(folder: Path) -> Published:
-    """A published EAGLE-3 folder of either layout; `DraftError` says what in it does not fit."""
+def read_eagle3(folder: Path, embed: Tensor | None = None) -> Published:
+    """A published EAGLE-3 folder of either layout; `DraftError` says what in it does not fit.
+
+    embed: the target's, which most folders leave out because engines share it.
+    """
     config = _read_config(folder)
     if "speculators_model_type" in config:
-        return read_speculators(folder, complete=False)
+        return read_speculators(folder, complete=False, embed=embed)
     if "LlamaForCausalLMEagle3" not in config.get("architectures", []):
         raise DraftError(
             found=f"{folder} with architectures {config.get('architectures')}",
@@ -271,9 +299,8 @@ def read_eagle3(folder: Path) -> Published:
         )
     middle = any(name.startswith("midlayer.") for name in read_tensors(folder))
     flags = SGLANG_FLAGS if "eagle_config" in config or "fc_norm" in config else EAGLE_FLAGS
-    return read_flat(
-        folder, flags=flags, layer="midlayer" if middle else "layers.0", complete=False
-    )
+    layer = "midlayer" if middle else "layers.0"
+    return read_flat(folder, flags=flags, layer=layer, complete=False, embed=embed)
 
 
 def flat_config(draft: Any, spec: TargetSpec, dtype: str) -> dict[str, Any]:

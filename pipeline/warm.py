@@ -96,7 +96,7 @@ def _open(
         expect = {"target": spec.fingerprint}
         draft = load_draft(folder, interface, shape, expect=expect)
         return draft, list(described.get("hidden_layers", []))
-    published = read_eagle3(folder)
+    published = read_eagle3(folder, interface.embed if interface else None)
     return published.draft, published.layers or default_layers(spec.num_layers)
 
 

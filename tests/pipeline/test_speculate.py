@@ -131,6 +131,27 @@ def make_draft(kind: str, target: Target, *, d2t: Tensor | None = None) -> Draft
             "fused_layers": len(LAYERS),
             **pruned,
         },
+        "mlp": {
+            "num_heads": 7,
+            "inner_size": 16,
+            "tie_weights": True,
+            "scale_input": True,
+            **pruned,
+        },
+        "mtp": {
+            "depth": 3,
+            "init": "fresh",
+            "attention": "step0",
+            "num_heads": 2,
+            "num_kv_heads": 1,
+            "head_size": None,
+            "intermediate_size": 16,
+            "qk_norm": True,
+            "qkv_bias": False,
+            "rope_theta": 1e4,
+            "norm_eps": 1e-6,
+            **pruned,
+        },
     }[kind]
     interface = Interface(
         embed=model.get_input_embeddings().weight.detach().float(),
@@ -216,6 +237,8 @@ CASES = {
     "lm": ("lm", None, {}),
     "medusa": ("medusa", None, {}),
     "eagle3": ("eagle3", None, {}),
+    "mlp": ("mlp", None, {}),
+    "mtp pruned": ("mtp", PRUNED, {}),
     "table": ("table", None, {}),
     "medusa pruned": ("medusa", PRUNED, {}),
     "eagle3 pruned": ("eagle3", PRUNED, {}),
@@ -292,7 +315,7 @@ def wide_target(tiny_model: Any) -> Target:
     return make_target(tiny_model(vocab_size=64, double=True))
 
 
-@pytest.mark.parametrize("kind", ["lm", "medusa", "eagle3", "table"])
+@pytest.mark.parametrize("kind", ["lm", "medusa", "eagle3", "mlp", "mtp", "table"])
 def test_greedy_text_is_the_targets_own(
     wide_target: Target, prompts: list[Tensor], kind: str
 ) -> None:
@@ -306,7 +329,7 @@ def test_greedy_text_is_the_targets_own(
     assert all(row.rounds == row.num_counted for row in plain)
 
 
-@pytest.mark.parametrize("kind", ["lm", "medusa", "eagle3"])
+@pytest.mark.parametrize("kind", ["lm", "medusa", "eagle3", "mlp", "mtp"])
 def test_company_in_the_batch_changes_nothing(
     wide_target: Target, prompts: list[Tensor], kind: str
 ) -> None:

@@ -98,6 +98,21 @@ def test_what_transformers_leaves_out_has_its_default(tmp_path: Path, source: So
         read_eagle3(folder)
 
 
+@pytest.mark.parametrize("form", ["speculators", "eagle"])
+def test_what_engines_take_from_the_target_may_be_left_out(
+    tmp_path: Path, source: Source, form: str
+) -> None:
+    """Published folders seldom hold the embedding, and engines read `d2t` alone."""
+    folder, draft = published(tmp_path, source, form)
+    _changed(folder, lambda t: (t.pop("embed_tokens.weight"), t.pop("t2d")))
+    assert_same(begun(folder, source), draft)
+    with pytest.raises(DraftError, match=r"tensor t2d is missing; expected \[23\]"):
+        find_format("eagle3", form).read(folder, None)
+    _changed(folder, lambda t: t.pop("d2t"))
+    with pytest.raises(DraftError, match=r"tensor d2t is missing; expected \[9\]"):
+        begun(folder, source)
+
+
 def test_scaled_rotary_positions_are_refused(tmp_path: Path, source: Source) -> None:
     folder, _ = published(tmp_path, source, "eagle")
     path = folder / "config.json"
