@@ -1,11 +1,14 @@
 """The stage generate on a tiny project."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.provenance import run
 from stages.generate import main
 from storage.errors import ConfigError, DataError
 from storage.tables import PROMPTS, SEQUENCES, read_table, write_table
@@ -51,7 +54,7 @@ def test_every_prompt_is_answered_in_order(here: Path, capsys: pytest.CaptureFix
     assert tree_digest(here / "sequences") == before
 
 
-def test_a_killed_run_goes_on_where_it_was(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pre_empted_run_goes_on_where_it_was(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     main()
     whole = tree_digest(here / "sequences")
     write_params(here, generate={"seed": 1})
@@ -64,19 +67,20 @@ def test_a_killed_run_goes_on_where_it_was(here: Path, monkeypatch: pytest.Monke
 
     def stops(target: Any, some: Any, **options: Any) -> Any:
         if len(sampled) == 3:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)  # pre-empted
         sampled.append([prompt.id for prompt in some])
         return plain(target, some, **options)
 
+    monkeypatch.setattr("sys.argv", ["stage"])
     monkeypatch.setattr(pipeline.generate, "sample", stops)
-    with pytest.raises(KeyboardInterrupt):
-        main()
+    with pytest.raises(SystemExit, match="143"):
+        run("generate", main)
     torn = sorted(here.glob(".scratch/generate/*/batches/*.json"))[0]
     torn.write_bytes(b"")
     sampled.clear()
     sampled.append([])  # room for two more batches, then it stops again
-    with pytest.raises(KeyboardInterrupt):
-        main()
+    with pytest.raises(SystemExit, match="143"):
+        run("generate", main)
     monkeypatch.setattr(pipeline.generate, "sample", plain)
     main()
     assert tree_digest(here / "sequences") == whole
