@@ -21,6 +21,8 @@ from storage.workspace import read_json
 ENTRY_BYTES = 2.6
 # kept entries a token at p >= 5e-4: 15.6 on chat-like text, 39.7 on web text; the larger is assumed
 ENTRIES = 40.0
+# … and under a nucleus of 0.99 to 0.999 on web text, 46 to 79 (same study)
+NUCLEUS_ENTRIES = 79.0
 # a tail sample is an id and a float16, hardly compressible
 SAMPLE_BYTES = 5.0
 # of the samples asked for, the share that adaptive counts draw: 4.2 of 16 on the embedded target
@@ -29,6 +31,8 @@ SAMPLE_SHARE = 0.26
 FIXED_BYTES = 16.0
 # bf16 hidden states shrink to 0.73 under byte shuffle and zstd (same study)
 HIDDEN_RATIO = 0.73
+# an 8-bit code does not shrink; a scale of two bytes serves 128 of them
+INT8_BYTES = 1.016
 
 
 @dataclass(frozen=True)
@@ -96,20 +100,31 @@ def token_counts(params: Mapping[str, Any], root: Path) -> tuple[dict[str, int],
 def bytes_per_token(params: Mapping[str, Any], shape: TargetShape) -> dict[str, float]:
     """Expected bytes a token by group of arrays, on disk, under the default codecs."""
     capture = params["capture"]
-    width = 2 * shape.hidden_size * HIDDEN_RATIO
+    wide = 2 * shape.hidden_size * HIDDEN_RATIO
+    eight = shape.hidden_size * INT8_BYTES
+    rebuild, codes = capture["mode"] == "rebuild", capture["hidden_dtype"] == "int8"
+    width = eight if codes else wide
     sizes = {"tokens, masks and tail mass": FIXED_BYTES}
     if capture["mode"] == "full":
         sizes["full logits (bf16)"] = 2.0 * shape.vocab_size
-    else:
-        sizes["kept ids and probabilities"] = ENTRIES * ENTRY_BYTES
+    elif not rebuild:
+        sizes["kept ids and probabilities"] = _entries(capture) * ENTRY_BYTES
         sizes["tail samples"] = capture["tail_samples"] * SAMPLE_SHARE * SAMPLE_BYTES
     if capture["hidden_layers"]:
         sizes[f"{len(capture['hidden_layers'])} hidden layers"] = (
             len(capture["hidden_layers"]) * width
         )
     if capture["last_hidden"]:
-        sizes["last hidden"] = width
+        sizes["last hidden"] = wide if rebuild else width
     return sizes
+
+
+def _entries(capture: Mapping[str, Any]) -> float:
+    """Kept ids a token: of the threshold, of fixed K, or the nucleus's cap at most."""
+    most = float(capture["max_kept"])
+    if capture["keep"] == "threshold":
+        return min(ENTRIES, most)
+    return most if capture["keep"] == "fixed" else min(NUCLEUS_ENTRIES, most)
 
 
 def estimate(params: Mapping[str, Any], *, tflops: float, root: Path = Path()) -> list[Line]:

@@ -17,7 +17,7 @@ from pipeline.capture import (
 from pipeline.cluster import ClusterConfig, device, open_cluster
 from pipeline.config import load
 from pipeline.provenance import run
-from pipeline.target import home_of, read_spec
+from pipeline.target import home_of, read_head, read_spec
 from storage.tables import SEQUENCES, read_table
 from storage.workspace import Workspace, file_digest, write_json
 
@@ -37,6 +37,7 @@ def main() -> None:
     laws = {split: law_of(tables[split], spec, path=path) for split, path in files.items()}
     digests = {split: file_digest(path) for split, path in files.items()}
     fingerprint = fingerprint_of(spec, config, digests)
+    head = {"head": read_head(TARGET).digest} if layout.mode == "rebuild" else {}
     outs = [*CACHES.values(), METRICS, TIMINGS]
     with Workspace("capture", fingerprint, outs=outs) as workspace:
         if workspace.complete():
@@ -68,6 +69,7 @@ def main() -> None:
                     "split": split,
                     "law": laws[split],
                     "capture": fingerprint,
+                    **head,
                 },
                 tokenizer=home_of(spec, TARGET) / "tokenizer.json",
             )

@@ -18,23 +18,30 @@ from tests.targets import target_of
 
 PARAMS: dict[str, Any] = {
     "mode": "topk",
+    "keep": "threshold",
     "min_prob": 5e-3,
+    "top_p": None,
     "max_kept": 20,
     "tail_samples": 6,
     "tail_full_mass": 0.05,
     "tail_min_mass": 1e-4,
     "hidden_layers": [0, 2],
     "last_hidden": True,
+    "hidden_dtype": "bfloat16",
     "part_tokens": 60,
     "batch_tokens": 64,
     "seed": 0,
     "threads": 1,
 }
+KNOBS = ("keep", "min_prob", "max_kept", "tail_samples", "tail_full_mass", "tail_min_mass")
+WHOLE: dict[str, Any] = dict.fromkeys(KNOBS)
+"""What the modes that keep whole laws do not read."""
 FILE = Path("sequences/train.parquet")
 
 
 def config_of(**changes: Any) -> CaptureConfig:
-    return CaptureConfig(**{**PARAMS, **changes})
+    whole = WHOLE if changes.get("mode", "topk") != "topk" else {}
+    return CaptureConfig(**{**PARAMS, **whole, **changes})
 
 
 def rows_of(count: int = 7) -> list[dict[str, Any]]:
@@ -202,7 +209,7 @@ def test_the_last_index_is_no_hidden_layer(target: Target) -> None:
         {"max_kept": 65_536},
         {"tail_samples": 256},
         {"tail_full_mass": 0.0},
-        {"mode": "rebuild"},
+        {"mode": "sparse"},
         {"batch_tokens": 0},
     ],
 )

@@ -17,6 +17,7 @@ from storage.record import supervised
 from storage.tables import SEQUENCES, read_table, write_table
 from storage.verify import check_cache
 from storage.workspace import file_digest, tree_digest
+from tests.pipeline.test_capture import WHOLE
 from tests.targets import copy_project, write_params, write_project
 
 SPLITS = ("train", "heldout", "greedy")
@@ -128,7 +129,7 @@ def test_a_killed_capture_resumes_to_the_same_bytes(
 
 
 def test_full_mode_keeps_every_logit(here: Path) -> None:
-    write_params(here, capture={"mode": "full", "hidden_layers": [], "last_hidden": False})
+    write_params(here, capture={**WHOLE, "mode": "full", "hidden_layers": [], "last_hidden": False})
     capture.main()
     cache = Cache.open(here / "cache/train.zarr")
     record = cache.records([0])[0]

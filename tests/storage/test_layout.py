@@ -41,7 +41,7 @@ def test_a_layout_names_the_arrays_it_stores() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("sparse", 64, 8, (), False), "mode 'sparse'; expected one of topk, full"),
+        (("sparse", 64, 8, (), False), "mode 'sparse'; expected one of topk, full, rebuild"),
         (("topk", 0, 8, (), False), "vocabulary of 0"),
         (("topk", 2**32, 8, (), False), "expected 1 to 4294967295"),
         (("topk", 64, 0, (), False), "hidden_size 0"),
