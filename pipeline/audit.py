@@ -277,9 +277,7 @@ def _rebuilt_errors(
     assert record.last_hidden is not None, "mode rebuild stores last_hidden"
     stored_CD = torch.from_numpy(from_bf16_bits(record.last_hidden[at_C])).to(last_hidden_TD)
     rounded_CD = last_hidden_TD[torch.from_numpy(at_C)].bfloat16().to(last_hidden_TD)
-    laws = [
-        target.logits(x).double().softmax(-1).cpu().numpy() for x in (stored_CD, rounded_CD)
-    ]
+    laws = [target.logits(x).double().softmax(-1).cpu().numpy() for x in (stored_CD, rounded_CD)]
     return {
         "tv": 0.5 * np.abs(laws[0] - p_CV).sum(-1),
         "tv_beyond_rounding": 0.5 * np.abs(laws[0] - laws[1]).sum(-1),
@@ -313,7 +311,7 @@ def _wrong_ids(
     """Ids kept against the rule, and ids left out against it; `tail_V` is −inf at the kept ones."""
     with np.errstate(divide="ignore"):
         threshold = float(np.log(bar.min_prob))
-    wrong = int((logp_V[ids] < threshold - bar.slack).sum())
+    wrong = int((logp_V[ids] < threshold - bar.slack).sum()) + max(0, len(ids) - bar.max_kept)
     # where the cap or the nucleus ends a row, what was left out is no likelier than what is kept
     ended = len(ids) >= bar.max_kept
     if bar.top_p is not None:
@@ -345,7 +343,7 @@ def _stored(record: Record, kind: str) -> tuple[NDArray[np.float32], NDArray[np.
 def _relative(
     stored: NDArray[np.float32], rounding: NDArray[np.float32], exact: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """[T] the largest error of each row and layer, rounding apart, over that row's largest value."""
+    """[T] the largest error of a row and layer, rounding apart, over that row's largest value."""
     off_TLD = np.abs(stored.reshape(exact.shape) - exact) - rounding.reshape(exact.shape)
     scale_TL = np.maximum(np.abs(exact).max(-1), np.finfo(np.float32).tiny)
     error_T: NDArray[np.float64] = (np.maximum(off_TLD, 0.0).max(-1) / scale_TL).max(-1)

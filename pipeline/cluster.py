@@ -4,8 +4,8 @@ The only importer of dask. A unit is a small picklable value, the function a mod
 `functools.partial` of one) that returns something small; workers write large results themselves.
 Results come in the order of the units, so no output can depend on the scheduler. Knows nothing of
 targets or caches; no stage lists the section `cluster` under its params. A function may return
-`Later`, what is left of its unit once the device is done with it (writing, say): that runs in a thread
-while the next unit computes, one at a time.
+`Later`, what is left of its unit once the device is done with it (writing, say): that runs in a
+thread while the next unit computes, one at a time.
 
 One worker runs in-process with the same number of torch threads as a worker process would.
 """

@@ -196,7 +196,7 @@ def _padded(
 def _features(
     records: Sequence[Record], name: str, shape: tuple[int, int], device: str
 ) -> Tensor | None:
-    """A stored feature -> padded float32 [B, T, …]; what travels to the device is what is stored."""
+    """A stored feature -> padded float32 [B, T, …]; it travels to the device as it is stored."""
     if getattr(records[0], f"{name}_int8") is not None:
         code, scale = (_gathered(records, f"{name}_{part}", shape) for part in ("int8", "scale"))
         return decode_int8(code.to(device), scale.to(device))
@@ -216,9 +216,7 @@ def _gathered(records: Sequence[Record], name: str, shape: tuple[int, int]) -> T
     return torch.from_numpy(out)
 
 
-def _law(
-    records: Sequence[Record], layout: Layout, device: str, head: Head | None
-) -> Law | None:
+def _law(records: Sequence[Record], layout: Layout, device: str, head: Head | None) -> Law | None:
     """The laws of all supervised rows, in the order of sequences and tokens."""
     if layout.mode == "rebuild":
         if head is None or any(r.last_hidden is None for r in records):

@@ -1,7 +1,8 @@
 """What drafts may know of the target: its shape, its embedding, its LM head; never its body.
 
 `Head` is the LM head as the target applies it, from which a cache of mode `rebuild` gets its laws
-again. Apart from `pipeline.draft`, so that an edit of the drafts' contract reruns no stage of the target.
+again. Apart from `pipeline.draft`, so that an edit of the drafts' contract reruns no stage of the
+target.
 """
 
 import hashlib
@@ -76,5 +77,5 @@ class Head:
         """sha256 of the weight's type, shape and bytes and of the rule."""
         what = [str(self.weight.dtype), list(self.weight.shape), asdict(self.rule)]
         seen = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
-        seen.update(self.weight.cpu().contiguous().view(torch.uint8).numpy())
+        seen.update(self.weight.cpu().contiguous().view(torch.uint8).numpy().data)
         return seen.hexdigest()

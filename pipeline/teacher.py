@@ -107,7 +107,7 @@ def _dense_chunk(logits_CV: Tensor, token_C: Tensor, *, logits: bool) -> Tensors
 
 def encode(law: Columns) -> Columns:
     """The cache's codes of R rows (storage/codecs) from their numbers, and their entropy."""
-    found = {
+    found: Columns = {
         "token_logp": law["token_logp"].astype(np.float32),
         "entropy": law["entropy"].astype(np.float64),
     }
@@ -160,8 +160,10 @@ class _Flight:
     """A batch whose numbers are on their way to the host."""
 
     rows: Sequence[dict[str, Any]]
-    tokens_BT: NDArray[np.int64]
-    supervised_BT: NDArray[np.bool_]
+    tokens: NDArray[np.int64]
+    """[B, T]"""
+    supervised: NDArray[np.bool_]
+    """[B, T]"""
     law: list[Tensors]
     """Chunk after chunk of the batch's supervised rows."""
     features: Tensors
@@ -233,8 +235,8 @@ class Pass:
         except torch.OutOfMemoryError:
             pass
         # only now are the failed batch's tensors free: the error's traceback held them
-        gc.collect()
         if torch.cuda.is_available():
+            gc.collect()
             torch.cuda.empty_cache()
         return None
 
@@ -304,7 +306,7 @@ class Pass:
         law = encode({name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]})
         self._entropy += float(law.pop("entropy").sum(dtype=np.float64))
         lengths = [len(row["tokens"]) for row in flight.rows]
-        b_R = flight.supervised_BT.nonzero()[0]
+        b_R = flight.supervised.nonzero()[0]
         self._tokens += sum(lengths)
         self._rows += len(b_R)
         starts = np.searchsorted(b_R, np.arange(len(lengths) + 1))
@@ -312,10 +314,10 @@ class Pass:
             Record(
                 id=row["id"],
                 domain=row["domain"],
-                tokens=flight.tokens_BT[b, :length].astype(np.uint32),
+                tokens=flight.tokens[b, :length].astype(np.uint32),
                 turn=np.asarray(row["turn"], dtype=np.int32),
                 **{name: _own(x, b, length) for name, x in flight.features.items()},
-                **_cut(law, starts[b], starts[b + 1], flight.supervised_BT[b, :length]),
+                **_cut(law, starts[b], starts[b + 1], flight.supervised[b, :length]),
             )
             for b, (row, length) in enumerate(zip(flight.rows, lengths, strict=True))
         ]

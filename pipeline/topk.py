@@ -22,8 +22,8 @@ from torch import Tensor
 # then stay near the core (1.5-2 times faster than in chunks of 16 MB), and a chunk's float64 copy
 # stays small whatever V is.
 CHUNK_ELEMENTS = 1 << 20
-# An accelerator starts some 40 kernels a chunk: 256 MB of float32 (512 rows of V = 131,072) keep them
-# longer than their launches, for a few such copies of memory. Chosen by that count, not measured.
+# An accelerator starts some 40 kernels a chunk: 256 MB of float32 (512 rows of V = 131,072) keep it
+# longer than its launches do, for a few such copies of memory. Chosen by that count, not measured.
 DEVICE_CHUNK_ELEMENTS = 1 << 26
 # A tail lighter than this is not sampled even if the rule would: its float32 terms may all be 0.
 LEAST_MASS = 1e-30
@@ -159,9 +159,7 @@ def _least(logp_CV: Tensor, rule: Rule) -> Tensor:
     return logp_CV.topk(num, sorted=False).values.amin(-1, keepdim=True)
 
 
-def _nucleus(
-    logp_CV: Tensor, kept_C: Tensor, at_E: Tensor, top_p: float
-) -> tuple[Tensor, Tensor]:
+def _nucleus(logp_CV: Tensor, kept_C: Tensor, at_E: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     """Of rows cut to their likeliest ids: those before which less than top_p was counted."""
     most = int(kept_C.max()) if len(kept_C) else 0
     p_CK = logp_CV.new_zeros(len(kept_C), most, dtype=torch.float64)

@@ -36,8 +36,8 @@ def main() -> None:
     tables = {split: read_table(path, SEQUENCES) for split, path in files.items()}
     laws = {split: law_of(tables[split], spec, path=path) for split, path in files.items()}
     digests = {split: file_digest(path) for split, path in files.items()}
-    fingerprint = fingerprint_of(spec, config, digests)
     head = {"head": read_head(TARGET).digest} if layout.mode == "rebuild" else {}
+    fingerprint = fingerprint_of(spec, config, digests | head)
     outs = [*CACHES.values(), METRICS, TIMINGS]
     with Workspace("capture", fingerprint, outs=outs) as workspace:
         if workspace.complete():

@@ -54,7 +54,7 @@ def main() -> None:
 def _open(split: str, target: str) -> Cache:
     """A cache whose every file and array is sound; `CacheError` names the first thing that is not.
 
-    Made from this target and from these sequences, and with this LM head where that makes its laws, or
+    Made from this target and these sequences, and with this LM head where that makes its laws, or
     it is a `FingerprintMismatch`.
     """
     findings = check_cache(CACHES[split])

@@ -6,8 +6,8 @@ A probability is stored as `code = round(1023 · sqrt(p))`: uniform steps in sqr
 entry the same share of the KL error and beat logarithmic steps at equal width
 (reference/offline_caches.md §4.3). In uint16 the six empty planes cost nothing after bitshuffle.
 
-A hidden state in 8 bits is `code · scale`, one scale for every 128 numbers: half of bfloat16's bytes,
-and no further off than half a scale.
+A hidden state in 8 bits is `code · scale`, one scale for every 128 numbers: half of bfloat16's
+bytes, and no further off than half a scale.
 """
 
 import numpy as np

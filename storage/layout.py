@@ -140,7 +140,7 @@ class Layout:
         return tuple(fixed[dim] for dim in array.dims[1:])
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON form, kept in the manifest; a key at its default is left out, as caches before it."""
+        """JSON form, kept in the manifest; `hidden_dtype` only where it is not the default."""
         value = {**asdict(self), "hidden_layers": list(self.hidden_layers)}
         if self.hidden_dtype == "bfloat16":
             del value["hidden_dtype"]
