@@ -52,7 +52,7 @@ def begin(unit: tuple[int, str, int]) -> int | Later[int]:
 
     def finish() -> int:
         log("finish")
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60  # a worker that died before may still be starting
         while path.read_text().count("begin") < awaited and time.monotonic() < deadline:
             time.sleep(0.01)
         if number == 7:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import pipeline.capture
-from pipeline.cluster import ClusterConfig, device, open_cluster
+import pipeline.cluster
+from pipeline.cluster import ClusterConfig, Later, device, open_cluster
 from stages import capture, generate
 from storage.errors import DataError, TargetError
 from storage.reader import Cache
@@ -126,6 +127,24 @@ def test_a_killed_capture_resumes_to_the_same_bytes(
     assert digests(here) == before
     assert written.count(("train.zarr", 0)) == 1
     assert written.count(("train.zarr", 1)) == 2
+
+
+def test_writing_aside_changes_no_byte(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = digests(here)
+    shutil.rmtree(here / "cache")
+    aside = []
+
+    def at_once(function: Any, units: Any) -> Any:
+        for unit in units:
+            value = function(unit)
+            aside.append(value)
+            yield value.finish() if isinstance(value, Later) else value
+
+    monkeypatch.setattr(pipeline.cluster, "_here", at_once)
+    capture.main()
+    assert digests(here) == before
+    assert len(aside) > 3
+    assert all(isinstance(value, Later) for value in aside)
 
 
 def test_full_mode_keeps_every_logit(here: Path) -> None:
