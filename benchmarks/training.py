@@ -123,8 +123,9 @@ def main() -> None:
     torch.set_num_threads(threads)
     lines = [
         f"Half an epoch under lk_lambda, medians of {ROUNDS} rounds, the three ways in turn;",
-        f"{os.cpu_count()} cores ({platform.machine()}, no GPU), {threads} thread(s); load average",
-        f"{os.getloadavg()[0]:.1f} at the start, of this and other jobs. Equal weights from all: yes.",
+        f"{os.cpu_count()} cores ({platform.machine()}, no GPU), {threads} thread(s);",
+        f"load average {os.getloadavg()[0]:.1f} at the start, of this and other jobs.",
+        "Equal weights from all: yes.",
         "",
         "| draft | batches from | CPU ms a step | speed, CPU time | tokens/s | speed, clock |",
         "| --- | --- | ---: | ---: | ---: | ---: |",

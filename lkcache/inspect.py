@@ -196,7 +196,7 @@ def _coverage(cache: Cache) -> Table:
         *(f"p{100 * q:.0f}" if q < 1 else "max" for q in QUANTILES),
     )
     stated = cache.manifest.coverage
-    if cache.layout.mode == "full":
+    if cache.layout.dense:
         table.add_row("K, kept ids", f"{stated['mean_kept']:,.0f}", *["all"] * len(QUANTILES))
         return table
     picked = [_supervised_arrays(cache, int(part)) for part in parts]
@@ -252,6 +252,7 @@ def _alternatives(record: Record, span: Iterable[int], word: Callable[[int], str
         table.add_column(name, justify="left" if name[0] in "nth" else "right", no_wrap=name == "t")
     rows = supervised(record.turn)
     ends = np.concatenate([[0], record.kept.cumsum(dtype=np.int64)])
+    rebuilt = record.last_hidden is not None and not (record.kept.any() or record.tail_kept.any())
     for t in span:
         if not rows[t]:
             table.add_row(str(t), Text(repr(word(int(record.tokens[t])))), "", "", "", "no law")
@@ -259,6 +260,14 @@ def _alternatives(record: Record, span: Iterable[int], word: Callable[[int], str
         if record.logits is not None:
             ids, p = _largest(record.logits[int(rows[:t].sum())])
             kept, tail = record.logits.shape[1], 0.0
+        elif rebuilt:
+            table.add_row(
+                str(t),
+                Text(repr(word(int(record.tokens[t + 1])))),
+                f"{np.exp(record.token_logp[t]):.3f}",
+                *("all", "", "made from last_hidden when read"),
+            )
+            continue
         else:
             entries = slice(ends[t], ends[t + 1])
             ids, p = record.topk_ids[entries], decode_p(record.topk_p[entries])

@@ -36,7 +36,15 @@ from pipeline.law import Law
 from pipeline.provenance import Progress
 from pipeline.seeds import rng
 from pipeline.target import Target, resident_target
-from storage.codecs import BFLOAT_STEP, HALF_STEP, decode_p, from_bf16_bits, p_error
+from storage.codecs import (
+    BFLOAT_STEP,
+    HALF_STEP,
+    decode_int8,
+    decode_p,
+    from_bf16_bits,
+    int8_error,
+    p_error,
+)
 from storage.errors import CacheError
 from storage.layout import Layout
 from storage.reader import Cache
@@ -130,6 +138,17 @@ class Bar:
     min_prob: float
     max_kept: int
     slack: float
+    top_p: float | None = None
+
+    @classmethod
+    def of(cls, params: Mapping[str, Any], slack: float) -> "Bar":
+        """Of the section `capture` that a cache was made by; a mode or rule leaves some null."""
+        return cls(
+            min_prob=params["min_prob"] or 0.0,
+            max_kept=params["max_kept"] or 0,
+            slack=slack,
+            top_p=params.get("top_p"),
+        )
 
 
 @dataclass(frozen=True)
@@ -198,11 +217,7 @@ def _replay_one(target: Target, job: Job, sample: Sample) -> Found:
             f"{where} has another id, tokens or turns than row {sample.index} of "
             f"{sample.sequences.name}"
         )
-    bar = Bar(
-        min_prob=cache.manifest.params["min_prob"],
-        max_kept=cache.manifest.params["max_kept"],
-        slack=job.config.max_logp_error,
-    )
+    bar = Bar.of(cache.manifest.params, job.config.max_logp_error)
     found = replay(
         target, record, layout=cache.layout, bar=bar, unigram_V=job.unigrams[sample.split]
     )
@@ -254,19 +269,24 @@ def replay(
     bar: Bar,
     unigram_V: NDArray[np.float32],
 ) -> Replayed:
-    """How far a record is from what the target says, by kind, at every token."""
+    """How far a record is from what the target says, by kind, at every token.
+
+    What 8-bit codes may round is no error of a hidden state. In mode `rebuild` the laws are those
+    that the LM head makes of the stored `last_hidden`.
+    """
     tokens = torch.from_numpy(record.tokens.astype(np.int64)).to(target.device)
     features = target.forward(tokens[None], layers=layout.hidden_layers)
     errors: Positions = {}
     for kind, x in (("hidden", features.hidden), ("last_hidden", features.last_hidden[:, :, None])):
-        stored = getattr(record, kind)
+        stored = _stored(record, kind)
         if stored is not None and x is not None:
-            errors[kind] = _relative(from_bf16_bits(stored), x[0].double().cpu().numpy())
+            errors[kind] = _relative(*stored, x[0].double().cpu().numpy())
     law = _stored_law(record, layout, str(target.device))
     row_C = _spread_rows(record) if law is not None else np.zeros(0, np.int64)
     parts: list[Certificate] = []
-    first = 0
-    for at_C, logp_CV, found in _law_errors(target, record, features.last_hidden[0], bar):
+    first, rebuild = 0, layout.mode == "rebuild"
+    last_hidden_TD = features.last_hidden[0]
+    for at_C, logp_CV, found in _law_errors(target, record, last_hidden_TD, bar, rebuild=rebuild):
         for kind, error_C in found.items():
             errors.setdefault(kind, np.zeros(len(record.tokens)))[at_C] = error_C
         own = torch.from_numpy(row_C[(row_C >= first) & (row_C < first + len(at_C))])
@@ -294,7 +314,7 @@ def _spread_rows(record: Record) -> NDArray[np.int64]:
 
 
 def _law_errors(
-    target: Target, record: Record, last_hidden_TD: Tensor, bar: Bar
+    target: Target, record: Record, last_hidden_TD: Tensor, bar: Bar, *, rebuild: bool
 ) -> Iterator[tuple[NDArray[np.int64], Tensor, Positions]]:
     """Some supervised positions after others: their exact laws, and the stored ones' errors."""
     position_R = supervised(record.turn).nonzero()[0]
@@ -310,6 +330,8 @@ def _law_errors(
         found = {"token_logp": np.abs(next_logp_C - record.token_logp[at_C])}
         if record.logits is not None:
             found |= _full_errors(logp_CV, from_bf16_bits(record.logits[first : first + size]))
+        elif rebuild:
+            found |= _rebuilt_errors(target, record, last_hidden_TD, at_C, np.exp(logp_CV))
         else:
             rows = [
                 _row_errors(
@@ -341,17 +363,34 @@ def _full_errors(
     }
 
 
+def _rebuilt_errors(
+    target: Target,
+    record: Record,
+    last_hidden_TD: Tensor,
+    at_C: NDArray[np.int64],
+    p_CV: NDArray[np.float64],
+) -> dict[str, NDArray[np.float64]]:
+    """Errors of the laws that the head makes of stored states against the exact laws.
+
+    Beyond rounding: against the laws that it makes of the exact states, rounded as stored ones are.
+    """
+    assert record.last_hidden is not None, "mode rebuild stores last_hidden"
+    stored_CD = torch.from_numpy(from_bf16_bits(record.last_hidden[at_C])).to(last_hidden_TD)
+    rounded_CD = last_hidden_TD[torch.from_numpy(at_C)].bfloat16().to(last_hidden_TD)
+    laws = [target.logits(x).double().softmax(-1).cpu().numpy() for x in (stored_CD, rounded_CD)]
+    return {
+        "tv": 0.5 * np.abs(laws[0] - p_CV).sum(-1),
+        "tv_beyond_rounding": 0.5 * np.abs(laws[0] - laws[1]).sum(-1),
+    }
+
+
 def _row_errors(logp_V: NDArray[np.float64], row: _Row, bar: Bar) -> dict[str, float]:
     """Errors of one stored row against the exact law."""
     tail_V = logp_V.copy()
     tail_V[row.ids] = -np.inf
     with np.errstate(divide="ignore"):
-        threshold = float(np.log(bar.min_prob))
         tail_logp_mass = float(np.log(np.exp(tail_V).sum()))
-    wrong = int((logp_V[row.ids] < threshold - bar.slack).sum())
-    if len(row.ids) >= bar.max_kept:  # the cap bound: what was left out is no likelier
-        threshold = max(threshold, float(logp_V[row.ids].min()))
-    wrong += int((tail_V > threshold + bar.slack).sum())
+    wrong = _wrong_ids(logp_V, tail_V, row.ids, bar)
     wrong += int(np.isneginf(tail_V[row.tail_ids]).sum())
     exact_M = logp_V[row.tail_ids]
     off_M = np.abs(row.tail_logp - exact_M) - HALF_STEP * np.abs(exact_M)
@@ -366,11 +405,48 @@ def _row_errors(logp_V: NDArray[np.float64], row: _Row, bar: Bar) -> dict[str, f
     }
 
 
-def _relative(stored: NDArray[np.float32], exact: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[T] the largest error of each row and layer over that row's largest value."""
-    stored_TLD = stored.reshape(exact.shape)
+def _wrong_ids(
+    logp_V: NDArray[np.float64], tail_V: NDArray[np.float64], ids: NDArray[np.uint32], bar: Bar
+) -> int:
+    """Ids kept against the rule, and ids left out against it; `tail_V` is −inf at the kept ones."""
+    with np.errstate(divide="ignore"):
+        threshold = float(np.log(bar.min_prob))
+    wrong = int((logp_V[ids] < threshold - bar.slack).sum()) + max(0, len(ids) - bar.max_kept)
+    # where the cap or the nucleus ends a row, what was left out is no likelier than what is kept
+    ended = len(ids) >= bar.max_kept
+    if bar.top_p is not None:
+        mass_E = np.exp(np.sort(logp_V[ids])[::-1]).cumsum()
+        mass = float(mass_E[-1]) if len(ids) else 0.0
+        before = float(mass_E[-2]) if len(ids) > 1 else 0.0
+        wrong += int(before > bar.top_p + bar.slack)
+        ended = ended or mass >= bar.top_p - bar.slack
+    if ended:
+        threshold = max(threshold, float(logp_V[ids].min(initial=0.0)))
+    return wrong + int((tail_V > threshold + bar.slack).sum())
+
+
+def _stored(record: Record, kind: str) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+    """A stored feature and how far rounding to 8 bits may have moved it; None where there is none.
+
+    Rounding to bfloat16 is not taken off: the limit is above it.
+    """
+    code, scale = getattr(record, f"{kind}_int8"), getattr(record, f"{kind}_scale")
+    if code is not None and scale is not None:
+        return decode_int8(code, scale), int8_error(scale, code.shape[-1])
+    bits = getattr(record, kind)
+    if bits is None:
+        return None
+    value = from_bf16_bits(bits)
+    return value, np.zeros_like(value)
+
+
+def _relative(
+    stored: NDArray[np.float32], rounding: NDArray[np.float32], exact: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """[T] the largest error of a row and layer, rounding apart, over that row's largest value."""
+    off_TLD = np.abs(stored.reshape(exact.shape) - exact) - rounding.reshape(exact.shape)
     scale_TL = np.maximum(np.abs(exact).max(-1), np.finfo(np.float32).tiny)
-    error_T: NDArray[np.float64] = (np.abs(stored_TLD - exact).max(-1) / scale_TL).max(-1)
+    error_T: NDArray[np.float64] = (np.maximum(off_TLD, 0.0).max(-1) / scale_TL).max(-1)
     return error_T
 
 

@@ -2,10 +2,11 @@
 
     law   = law_of(rows, spec, path=...)                      # checks all, before a model loads
     parts = plan(rows, ...)
-    done  = cluster.map(partial(capture_part, job), parts)    # a worker owns and writes whole parts
+    done  = cluster.map(partial(begin_part, job), parts)    # a worker owns and writes whole parts
 
 A part is the unit of work: its batches are composed from its own sequences, so that neither workers
-nor restarts change a bit. The pass itself is `pipeline.teacher`; knows no draft. Source: DESIGN §5.
+nor restarts change a bit; a part is written while the next one's pass runs. The pass itself is
+`pipeline.teacher`; knows no draft. Source: DESIGN §5.
 """
 
 import math
@@ -13,21 +14,22 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from pipeline.cluster import Cluster
+from pipeline.cluster import Cluster, Later
 from pipeline.config import Strict
+from pipeline.interface import Head
 from pipeline.provenance import Progress
-from pipeline.target import TargetSpec, check_layers, resident_target
+from pipeline.target import TargetSpec, check_layers, read_head, resident_target
 from pipeline.teacher import Pass, Stats
 from pipeline.topk import Rule
 from storage.errors import DataError
 from storage.layout import VERSION, Layout
 from storage.manifest import GROUP, PartEntry, read_manifest
-from storage.record import supervised
+from storage.record import Record, supervised
 from storage.tables import SEQUENCES, read_table
 from storage.workspace import digest, read_json, write_json
 from storage.writer import done_part, plan_parts, seal, stats_path, write_part
@@ -35,16 +37,35 @@ from storage.writer import done_part, plan_parts, seal, stats_path, write_part
 MAX_KEPT = 2**16 - 1  # `kept` is a uint16
 MAX_SAMPLES = 2**8 - 1  # `tail_kept` is a uint8
 
+_TAIL = ("tail_samples", "tail_full_mass", "tail_min_mass")
+_KNOBS = ("keep", "min_prob", "top_p", "max_kept", *_TAIL)
+_READ: dict[str, tuple[str, ...]] = {
+    "topk": ("keep", "max_kept", *_TAIL),
+    "full": (),
+    "rebuild": (),
+    "threshold": ("min_prob",),
+    "fixed": (),
+    "nucleus": ("top_p",),
+}
+
 
 class CaptureConfig(Strict):
     """Section `capture`."""
 
-    mode: Literal["topk", "full"]
-    min_prob: Annotated[float, Field(ge=0, lt=1)]
-    max_kept: Annotated[int, Field(ge=1, le=MAX_KEPT)]
-    tail_samples: Annotated[int, Field(ge=0, le=MAX_SAMPLES)]
-    tail_full_mass: Annotated[float, Field(gt=0, le=1)]
-    tail_min_mass: Annotated[float, Field(ge=0, lt=1)]
+    mode: Literal["topk", "full", "rebuild"]
+    keep: Literal["threshold", "fixed", "nucleus"] | None
+    """Which ids of a law mode `topk` keeps. What a mode or a rule does not read is null."""
+    min_prob: Annotated[float, Field(ge=0, lt=1)] | None
+    """`threshold`: every id with p ≥ min_prob."""
+    top_p: Annotated[float, Field(gt=0, lt=1)] | None
+    """`nucleus`: the likeliest ids until they hold top_p."""
+    max_kept: Annotated[int, Field(ge=1, le=MAX_KEPT)] | None
+    """No more than this many; `fixed`: just as many."""
+    tail_samples: Annotated[int, Field(ge=0, le=MAX_SAMPLES)] | None
+    tail_full_mass: Annotated[float, Field(gt=0, le=1)] | None
+    tail_min_mass: Annotated[float, Field(ge=0, lt=1)] | None
+    hidden_dtype: Literal["bfloat16", "int8"]
+    """Of stored hidden states; mode `rebuild` keeps last_hidden in bfloat16."""
     hidden_layers: list[Annotated[int, Field(ge=0)]]
     last_hidden: bool
     part_tokens: Annotated[int, Field(ge=1)]
@@ -59,10 +80,36 @@ class CaptureConfig(Strict):
             raise ValueError("layer ids must differ from each other")
         return layers
 
-    def rule(self) -> Rule:
-        """What `pipeline.topk` keeps of a row."""
+    @model_validator(mode="after")
+    def _no_knob_without_a_reader(self) -> Self:
+        rule = f" and keep {self.keep}" if self.mode == "topk" else ""
+        read = {*_READ[self.mode], *(_READ[self.keep or "threshold"] if rule else ())}
+        wanted = [name for name in _KNOBS if name in read and getattr(self, name) is None]
+        surplus = [name for name in _KNOBS if name not in read and getattr(self, name) is not None]
+        if wanted:
+            raise ValueError(f"values for {', '.join(wanted)}, which mode {self.mode}{rule} reads")
+        if surplus:
+            raise ValueError(
+                f"null for {', '.join(surplus)}, which mode {self.mode}{rule} does not read"
+            )
+        if self.mode == "rebuild" and not self.last_hidden:
+            raise ValueError("last_hidden: true, from which mode rebuild makes the laws again")
+        eight_bits = self.hidden_layers or (self.last_hidden and self.mode != "rebuild")
+        if self.hidden_dtype == "int8" and not eight_bits:
+            raise ValueError("hidden_dtype: bfloat16, since no hidden state is stored in 8 bits")
+        return self
+
+    def rule(self) -> Rule | None:
+        """What `pipeline.topk` keeps of a row; None where laws are kept whole."""
+        if self.mode != "topk":
+            return None
+        assert self.max_kept is not None, "validated"
+        assert self.tail_samples is not None, "validated"
+        assert self.tail_full_mass is not None, "validated"
+        assert self.tail_min_mass is not None, "validated"
         return Rule(
-            min_prob=self.min_prob,
+            min_prob=self.min_prob or 0.0,
+            top_p=self.top_p,
             max_kept=self.max_kept,
             tail_samples=self.tail_samples,
             tail_full_mass=self.tail_full_mass,
@@ -127,6 +174,7 @@ def layout_of(spec: TargetSpec, config: CaptureConfig) -> Layout:
         hidden_size=spec.hidden_size,
         hidden_layers=tuple(config.hidden_layers),
         last_hidden=config.last_hidden,
+        hidden_dtype=config.hidden_dtype,
     )
 
 
@@ -189,6 +237,12 @@ def plan(
 
 def capture_part(job: Job, part: Part) -> Done:
     """Capture and write one part, unless an earlier run left it whole."""
+    begun = begin_part(job, part)
+    return begun.finish() if isinstance(begun, Later) else begun
+
+
+def begin_part(job: Job, part: Part) -> Done | Later[Done]:
+    """The pass of one part; writing it is left for later, beside the next part's pass."""
     done = _done(job, part)
     if done is not None:
         return done
@@ -200,12 +254,22 @@ def capture_part(job: Job, part: Part) -> Done:
         rule=job.config.rule(),
         batch_tokens=job.config.batch_tokens,
         seed=job.config.seed,
+        head=_head(job.folder, job.fingerprint) if job.layout.mode == "rebuild" else None,
     )
     records = teacher.records(rows)
-    stats = teacher.stats()
+    return Later(partial(_write, job, part, records, teacher.stats()))
+
+
+def _write(job: Job, part: Part, records: Sequence[Record], stats: Stats) -> Done:
     # before the part, so that a part that is there has them
     write_json(part.stats, asdict(stats))
     return Done(write_part(part.cache, part.index, records, job.layout), stats)
+
+
+@lru_cache(maxsize=1)
+def _head(folder: Path, _fingerprint: str) -> Head:
+    """The head that laws will be made with again, kept between this process's parts."""
+    return read_head(folder)
 
 
 def _done(job: Job, part: Part) -> Done | None:
@@ -257,7 +321,7 @@ def capture_all(
     rest: now, while all that is done is whole, rather than when the disk is full.
     """
     units = [(split, part) for split, some in parts.items() for part in some]
-    results = cluster.map(partial(capture_part, job), [part for _, part in units])
+    results = cluster.map(partial(begin_part, job), [part for _, part in units])
     done: dict[str, list[Done]] = {split: [] for split in parts}
     tokens, num_bytes = 0, 0
     with Progress(num_tokens, "capture", unit="token") as line:
@@ -306,6 +370,8 @@ def seal_cache(
         "mean_tail_mass": round(coverage["mean_tail_mass"], 9),
         "mean_tail_samples": round(coverage["mean_tail_samples"], 6),
         "mean_entropy": round(sum(part.stats.entropy for part in done) / max(1, rows), 6),
+        # batches that found no memory and were cut: their rounding may differ from another run's
+        "memory_halvings": sum(part.stats.halvings for part in done),
     }
 
 

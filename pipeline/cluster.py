@@ -3,17 +3,21 @@
 With `pipeline.hosts` the only importer of dask. A unit is a small picklable value, the function a
 module-level one (or a `functools.partial` of one) that returns something small; workers write large
 results themselves. Results come in the order of the units, so no output can depend on the
-scheduler. Knows nothing of targets or caches; no stage lists the section `cluster` under params.
+scheduler. Knows nothing of targets or caches; no stage lists the section `cluster` under params. A
+function may return `Later`, what is left of its unit once the device is done with it (writing,
+say): that runs in a thread while the next unit computes, one at a time.
 
 One worker runs in-process with the same number of torch threads as a worker process would.
 """
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -56,6 +60,16 @@ class _Mendable:
     error: LkcacheError
 
 
+@dataclass(frozen=True)
+class Later(Generic[R]):
+    """The rest of a unit, which needs no device: `finish` returns the unit's result."""
+
+    finish: Callable[[], R]
+
+
+_FINISHING = threading.Semaphore()  # one unit of a process at a time, which bounds what it holds
+
+
 def _call(function: Callable[[Any], Any], threads: int, visible: list[str], unit: Any) -> Any:
     """Run one unit in a worker with a fixed number of threads and, of those visible, one device."""
     if torch.get_num_threads() != threads:
@@ -66,7 +80,8 @@ def _call(function: Callable[[Any], Any], threads: int, visible: list[str], unit
         own = visible[int(get_worker().name) % len(visible)]
         os.environ["CUDA_VISIBLE_DEVICES"] = own  # read when the first unit starts CUDA
     try:
-        return function(unit)
+        value = function(unit)
+        return _finish_aside(value) if isinstance(value, Later) else value
     except LkcacheError as error:
         return _Mendable(error)
     except OSError as error:
@@ -76,19 +91,44 @@ def _call(function: Callable[[Any], Any], threads: int, visible: list[str], unit
         return _Mendable(mendable)
 
 
+def _finish_aside(later: Later[R]) -> R:
+    """Finish a unit while its worker starts on the next one."""
+    from dask.distributed import secede
+
+    with _FINISHING:
+        secede()
+        return later.finish()
+
+
+def _here(function: Callable[[U], R | Later[R]], units: Iterable[U]) -> Iterator[R]:
+    """Units in this process, each finished while the next one computes."""
+    with ThreadPoolExecutor(1, "finish") as aside:
+        finishing: list[Future[R]] = []
+        for unit in units:
+            value = function(unit)
+            done = [future.result() for future in finishing]
+            if isinstance(value, Later):
+                finishing = [aside.submit(value.finish)]
+            else:
+                finishing = []
+                done.append(value)
+            yield from done
+        yield from [future.result() for future in finishing]
+
+
 class Cluster:
     """Maps functions over units; made by `open_cluster`."""
 
     def __init__(self, client: Any, *, threads: int, visible: list[str] | None = None) -> None:
         self._client, self._threads, self._visible = client, threads, visible or []
 
-    def map(self, function: Callable[[U], R], units: Iterable[U]) -> Iterator[R]:
+    def map(self, function: Callable[[U], R | Later[R]], units: Iterable[U]) -> Iterator[R]:
         """Yield function(unit) in the order of the units; an `LkcacheError` reaches the caller."""
         if self._client is None:
-            return map(function, units)
+            return _here(function, units)
         return self._submit(function, list(units))
 
-    def _submit(self, function: Callable[[U], R], units: list[U]) -> Iterator[R]:
+    def _submit(self, function: Callable[[U], R | Later[R]], units: list[U]) -> Iterator[R]:
         """Run all units, keep what came early, and release each future as it completes.
 
         A held future's result dies with its worker, and dask would then run the unit again.

@@ -30,7 +30,7 @@ class _Tally:
         rows = supervised(record.turn)
         num_rows = int(rows.sum())
         self.rows += num_rows
-        if layout.mode == "full":
+        if layout.dense:
             self._count(np.full(num_rows, layout.vocab_size))
             return
         self._count(record.kept[rows].astype(np.int64))

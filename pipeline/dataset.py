@@ -10,6 +10,7 @@ Knows no draft: what one needs arrives as `Needs`.
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,17 +19,23 @@ from torch import Tensor
 
 from pipeline.batch import Batch
 from pipeline.draft import Needs
+from pipeline.features import decode_int8
+from pipeline.interface import Head
 from pipeline.law import DenseLaw, Law, SparseLaw
 from pipeline.seeds import rng
+from pipeline.target import read_head
 from storage.codecs import BFLOAT_STEP, LEVELS, decode_p
 from storage.errors import DraftError
 from storage.layout import Layout
+from storage.manifest import check_source
 from storage.reader import Cache
 from storage.record import Record, supervised
 
 TOKEN_ARRAYS = ("tokens", "turn", "token_logp")
 SPARSE_ARRAYS = ("kept", "topk_ids", "topk_p", "tail_logp_mass")
 SAMPLE_ARRAYS = ("tail_kept", "tail_ids", "tail_logp")
+REBUILD_ELEMENTS = 1 << 24
+"""Logits made at once from hidden states: what is held beside the law itself, 64 MB a copy."""
 
 
 def require(layout: Layout, needs: Needs) -> None:
@@ -52,10 +59,31 @@ def require(layout: Layout, needs: Needs) -> None:
 
 def arrays(layout: Layout, needs: Needs) -> set[str]:
     """The arrays of a cache that a draft's training reads; the others stay on disk."""
-    law = ("logits",) if layout.mode == "full" else (*SPARSE_ARRAYS, *SAMPLE_ARRAYS)
-    hidden = ("hidden",) if needs.num_layers else ()
-    last = ("last_hidden",) if needs.last_hidden else ()
-    return {*TOKEN_ARRAYS, *law, *hidden, *last}
+    laws = {
+        "topk": (*SPARSE_ARRAYS, *SAMPLE_ARRAYS),
+        "full": ("logits",),
+        "rebuild": ("last_hidden",),
+    }
+    hidden = _stored_as("hidden", layout.hidden_dtype) if needs.num_layers else ()
+    last = _stored_as("last_hidden", layout.last_hidden_dtype) if needs.last_hidden else ()
+    return {*TOKEN_ARRAYS, *laws[layout.mode], *hidden, *last}
+
+
+def _stored_as(name: str, dtype: str) -> tuple[str, ...]:
+    """The arrays that hold a feature."""
+    return (f"{name}_int8", f"{name}_scale") if dtype == "int8" else (name,)
+
+
+def head_for(cache: Cache, target: Path) -> Head | None:
+    """The LM head that makes the laws of a cache of mode `rebuild` again; None for other modes.
+
+    `FingerprintMismatch` unless the head of `target/interface` is the one that the cache names.
+    """
+    if cache.layout.mode != "rebuild":
+        return None
+    head = read_head(target)
+    check_source(cache.path, cache.source, {"head": head.digest})
+    return head
 
 
 def training_batches(
@@ -70,6 +98,7 @@ def training_batches(
     micro_batch_sequences: int | None = None,
     first_step: int = 0,
     rank: tuple[int, int] = (0, 1),
+    head: Head | None = None,
 ) -> Iterator[Batch]:
     """The passes of steps `first_step` … `steps` − 1, epoch after epoch, each in its own order.
 
@@ -86,6 +115,7 @@ def training_batches(
             expected="at least one to train from",
             todo="check prepare and generate, then run dvc repro",
         )
+    head = None if head is None else head.to(device)
     micro = micro_batch_sequences or batch_sequences
     assert batch_sequences % micro == 0, (batch_sequences, micro)
     own = range(micro * rank[0] // rank[1], micro * (rank[0] + 1) // rank[1])
@@ -97,7 +127,7 @@ def training_batches(
         wanted=lambda place: place % micro in own,
     )
     for _ in range((steps - first_step) * (batch_sequences // micro)):
-        yield collate(list(islice(records, len(own))), cache.layout, device=device)
+        yield collate(list(islice(records, len(own))), cache.layout, device=device, head=head)
 
 
 def _endless(
@@ -138,6 +168,7 @@ def heldout_batches(
     needs: Needs,
     device: str = "cpu",
     rank: tuple[int, int] = (0, 1),
+    head: Head | None = None,
 ) -> list[Batch]:
     """Fixed batches of `sequences` records spread evenly over a cache, for early evaluation.
 
@@ -154,8 +185,9 @@ def heldout_batches(
     chosen = [i * cache.num_sequences // num for i in range(num)]
     records = cache.records(chosen[rank[0] :: rank[1]], arrays=arrays(cache.layout, needs))
     size = -(-batch_sequences // rank[1])
+    head = None if head is None else head.to(device)
     groups = [records[a : a + size] for a in range(0, len(records), size)]
-    return [collate(group, cache.layout, device=device) for group in groups]
+    return [collate(group, cache.layout, device=device, head=head) for group in groups]
 
 
 def supervised_counts(cache: Cache) -> Tensor:
@@ -167,15 +199,20 @@ def supervised_counts(cache: Cache) -> Tensor:
     return torch.from_numpy(counts)
 
 
-def collate(records: Sequence[Record], layout: Layout, *, device: str = "cpu") -> Batch:
-    """Pad records to one batch; features that the records do not hold are None."""
+def collate(
+    records: Sequence[Record], layout: Layout, *, device: str = "cpu", head: Head | None = None
+) -> Batch:
+    """Pad records to one batch; features that the records do not hold are None.
+
+    Laws of mode `rebuild` are made with `head`, which lies on `device`; without it there are none.
+    """
     longest = max(len(r.tokens) for r in records)
     shape = (len(records), longest)
     rows = np.zeros(shape, dtype=np.bool_)
     for b, record in enumerate(records):
         rows[b, : len(record.turn)] = supervised(record.turn)
     law_row = np.where(rows, rows.cumsum().reshape(shape) - 1, -1)
-    law = _law(records, layout, device)
+    law = _law(records, layout, device, head)
     assert law is None or law.num_rows == rows.sum(), "records do not match their turns"
     return Batch(
         ids=tuple(r.id for r in records),
@@ -188,8 +225,8 @@ def collate(records: Sequence[Record], layout: Layout, *, device: str = "cpu") -
         ),
         law_row=torch.from_numpy(law_row).to(device),
         law=law,
-        hidden=_features([r.hidden for r in records], shape, device),
-        last_hidden=_features([r.last_hidden for r in records], shape, device),
+        hidden=_features(records, "hidden", shape, device),
+        last_hidden=_features(records, "last_hidden", shape, device),
     )
 
 
@@ -203,21 +240,34 @@ def _padded(
 
 
 def _features(
-    values: Sequence[NDArray | None], shape: tuple[int, int], device: str
+    records: Sequence[Record], name: str, shape: tuple[int, int], device: str
 ) -> Tensor | None:
-    """Stored bfloat16 bits [T, …] -> padded float32 [B, T, …]; they travel in 16 bits."""
-    first = values[0]
-    if first is None:
+    """A stored feature -> padded float32 [B, T, …]; it travels to the device as it is stored."""
+    if getattr(records[0], f"{name}_int8") is not None:
+        code, scale = (_gathered(records, f"{name}_{part}", shape) for part in ("int8", "scale"))
+        return decode_int8(code.to(device), scale.to(device))
+    if getattr(records[0], name) is None:
         return None
-    bits = np.zeros((*shape, *first.shape[1:]), dtype=np.uint16)
-    for b, value in enumerate(values):
+    return _gathered(records, name, shape).view(torch.bfloat16).to(device).float()
+
+
+def _gathered(records: Sequence[Record], name: str, shape: tuple[int, int]) -> Tensor:
+    """One array of all records, padded with zeros."""
+    first = getattr(records[0], name)
+    out = np.zeros((*shape, *first.shape[1:]), dtype=first.dtype)
+    for b, record in enumerate(records):
+        value = getattr(record, name)
         assert value is not None, "records of one batch store the same arrays"
-        bits[b, : len(value)] = value
-    return torch.from_numpy(bits).view(torch.bfloat16).to(device).float()
+        out[b, : len(value)] = value
+    return torch.from_numpy(out)
 
 
-def _law(records: Sequence[Record], layout: Layout, device: str) -> Law | None:
+def _law(records: Sequence[Record], layout: Layout, device: str, head: Head | None) -> Law | None:
     """The laws of all supervised rows, in the order of sequences and tokens."""
+    if layout.mode == "rebuild":
+        if head is None or any(r.last_hidden is None for r in records):
+            return None  # not asked for
+        return _rebuilt_law(records, device, head)
     if layout.mode == "full":
         if any(r.logits is None for r in records):
             return None  # not asked for
@@ -230,6 +280,20 @@ def _law(records: Sequence[Record], layout: Layout, device: str) -> Law | None:
     if any(len(r.kept) != len(r.turn) or len(r.tail_kept) != len(r.turn) for r in records):
         return None  # not asked for
     return _sparse_law(records, device)
+
+
+def _rebuilt_law(records: Sequence[Record], device: str, head: Head) -> DenseLaw:
+    """Full laws from the states after the final norm, by the target's own arithmetic."""
+    states = [r.last_hidden[supervised(r.turn)] for r in records if r.last_hidden is not None]
+    last_hidden_RD = torch.from_numpy(np.concatenate(states)).view(torch.bfloat16).to(device)
+    logp_RV = torch.empty(len(last_hidden_RD), len(head.weight), device=device)
+    rows = max(1, REBUILD_ELEMENTS // len(head.weight))
+    with torch.no_grad():
+        for logp_CV, last_hidden_CD in zip(
+            logp_RV.split(rows), last_hidden_RD.split(rows), strict=True
+        ):
+            logp_CV.copy_(head.logits(last_hidden_CD).float().log_softmax(-1))
+    return DenseLaw(logp_RV)
 
 
 def _sparse_law(records: Sequence[Record], device: str) -> SparseLaw:

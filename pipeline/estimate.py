@@ -21,6 +21,8 @@ from storage.workspace import read_json, scratch_root
 ENTRY_BYTES = 2.6
 # kept entries a token at p >= 5e-4: 15.6 on chat-like text, 39.7 on web text; the larger is assumed
 ENTRIES = 40.0
+# … and under a nucleus of 0.99 to 0.999 on web text, 46 to 79 (same study)
+NUCLEUS_ENTRIES = 79.0
 # a tail sample is an id and a float16, hardly compressible
 SAMPLE_BYTES = 5.0
 # of the samples asked for, the share that adaptive counts draw: 4.2 of 16 on the embedded target
@@ -30,6 +32,8 @@ FIXED_BYTES = 16.0
 # bf16 hidden states shrink to 0.73 under byte shuffle and zstd in the same study, to 0.90 (layers)
 # and 0.97 (last hidden) on the embedded target; room is promised by the largest
 HIDDEN_RATIO = 0.97
+# an 8-bit code does not shrink; a scale of two bytes serves 128 of them
+INT8_BYTES = 1.016
 
 
 @dataclass(frozen=True)
@@ -99,20 +103,39 @@ Sizes = dict[str, float]
 
 
 def _topk(capture: Mapping[str, Any], _shape: TargetShape) -> Sizes:
+    samples = _or(capture["tail_samples"], 16)
     return {
-        "kept ids and probabilities": min(ENTRIES, capture["max_kept"]) * ENTRY_BYTES,
-        "tail samples": capture["tail_samples"] * SAMPLE_SHARE * SAMPLE_BYTES,
+        "kept ids and probabilities": _entries(capture) * ENTRY_BYTES,
+        "tail samples": samples * SAMPLE_SHARE * SAMPLE_BYTES,
     }
+
+
+def _entries(capture: Mapping[str, Any]) -> float:
+    """Kept ids a token: of the threshold, of fixed K, or the nucleus's cap at most."""
+    most = float(_or(capture["max_kept"], ENTRIES))
+    if capture["keep"] == "fixed":
+        return most
+    return min(NUCLEUS_ENTRIES if capture["keep"] == "nucleus" else ENTRIES, most)
+
+
+def _or(value: float | None, default: float) -> float:
+    """A parameter, or the default's where the configured mode leaves it null."""
+    return default if value is None else value
 
 
 def _full(_capture: Mapping[str, Any], shape: TargetShape) -> Sizes:
     return {"full logits (bf16)": 2.0 * shape.vocab_size}
 
 
+def _rebuild(_capture: Mapping[str, Any], _shape: TargetShape) -> Sizes:
+    return {}  # laws come of last_hidden, which is counted with the features
+
+
 # what a mode stores of the law; a new mode is a row here, and is estimated beside the others
 MODES: Mapping[str, Callable[[Mapping[str, Any], TargetShape], Sizes]] = {
     "topk": _topk,
     "full": _full,
+    "rebuild": _rebuild,
 }
 
 
@@ -128,13 +151,21 @@ def bytes_per_token(
             expected=f"one of {', '.join(MODES)}",
             todo="correct it in params.yaml",
         )
-    width = 2 * shape.hidden_size * HIDDEN_RATIO
     sizes = {"tokens, masks and tail mass": FIXED_BYTES, **MODES[mode](capture, shape)}
+    width = _width(capture, shape)
     if layers := len(capture["hidden_layers"]):
         sizes[f"{layers} hidden layers"] = layers * width
-    if capture["last_hidden"]:
+    if mode == "rebuild":
+        sizes["last hidden"] = 2 * shape.hidden_size * HIDDEN_RATIO
+    elif capture["last_hidden"]:
         sizes["last hidden"] = width
     return sizes
+
+
+def _width(capture: Mapping[str, Any], shape: TargetShape) -> float:
+    """Bytes of one hidden state."""
+    eight = capture["hidden_dtype"] == "int8"
+    return shape.hidden_size * (INT8_BYTES if eight else 2 * HIDDEN_RATIO)
 
 
 def reductions(params: Mapping[str, Any], *, root: Path = Path()) -> list[Line]:
@@ -149,10 +180,13 @@ def reductions(params: Mapping[str, Any], *, root: Path = Path()) -> list[Line]:
     for mode in MODES:
         saved = total - sum(bytes_per_token(params, shape, mode=mode).values())
         found.append((f"capture.mode: {mode}", saved))
-    width = 2 * shape.hidden_size * HIDDEN_RATIO
+    width = _width(capture, shape)
+    if capture["hidden_layers"] and capture["hidden_dtype"] == "bfloat16":
+        saved = len(capture["hidden_layers"]) * (width - shape.hidden_size * INT8_BYTES)
+        found.append(("capture.hidden_dtype: int8, of the layers", saved))
     if capture["hidden_layers"]:
         found.append(("each layer less in capture.hidden_layers", width))
-    if capture["last_hidden"]:
+    if capture["last_hidden"] and capture["mode"] != "rebuild":
         found.append(("capture.last_hidden: false", width))
     if capture["mode"] == "topk":
         half = sizes["kept ids and probabilities"] / 2

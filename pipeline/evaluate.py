@@ -26,9 +26,9 @@ from pydantic import Field, model_validator
 
 from pipeline.checkpoint import load_draft, read_config
 from pipeline.config import Strict, parse
-from pipeline.dataset import arrays, collate
+from pipeline.dataset import arrays, collate, head_for
 from pipeline.draft import Draft, Needs, find
-from pipeline.interface import Shape
+from pipeline.interface import Head, Shape
 from pipeline.replay import Replay, block_survival, replay, token_survival
 from pipeline.score import Rollouts, Scores, depth_sums, rollouts, score, strata
 from pipeline.seeds import uniforms
@@ -175,6 +175,13 @@ def _load(
     return draft.to(device).eval(), needs, model.max_depth(section)
 
 
+@lru_cache(maxsize=2)
+def _head(cache: Path, target: Path, device: str, sources: str) -> Head | None:
+    """What makes a cache's laws again, where it does not store them."""
+    head = head_for(_open(cache, sources), target)
+    return None if head is None else head.to(device)
+
+
 def run_job(bench: Bench, job: Job) -> Outcome:
     """Run one job; the result depends on the job alone, not on what ran before it."""
     return _replay(bench, job) if job.instrument == "replay" else _decode(bench, job)
@@ -186,7 +193,8 @@ def _replay(bench: Bench, job: Job) -> Outcome:
     config, cache = bench.config, bench.cache(job.temperature)
     draft, needs, deepest = _draft(bench, job.draft)
     records = cache.records(job.rows, arrays=arrays(cache.layout, needs))
-    batch = collate(records, cache.layout, device=bench.device)
+    head = _head(cache.path, bench.target, bench.device, bench.sources)
+    batch = collate(records, cache.layout, device=bench.device, head=head)
     depth = config.depth if deepest is None else min(config.depth, deepest)
     gamma = min(config.decode_gamma, depth)
     scores = score(draft, batch, depth=depth, temperature=job.temperature)
@@ -264,6 +272,8 @@ def _decode(bench: Bench, job: Job) -> Outcome:
         layers=cache.layout.hidden_layers if needs.num_layers else (),
         last_hidden=needs.last_hidden,
         features=config.features,
+        hidden_dtype=cache.layout.hidden_dtype,
+        last_hidden_dtype=cache.layout.last_hidden_dtype,
     )
     records = cache.records(job.rows, arrays={"tokens", "turn"})
     pieces = [split(record) for record in records]

@@ -1,12 +1,17 @@
 """What drafts may know of the target: its shape, its embedding, its LM head; never its body.
 
-Apart from `pipeline.draft`, so that an edit of the drafts' contract reruns no stage of the target.
+`Head` is the LM head as the target applies it, from which a cache of mode `rebuild` gets its laws
+again. Apart from `pipeline.draft`, so that an edit of the drafts' contract reruns no stage of the
+target.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -45,3 +50,50 @@ class Shape:
 
     vocab_size: int
     hidden_size: int
+
+
+@dataclass(frozen=True)
+class HeadRule:
+    """What a family does to the products of its LM head, in this order."""
+
+    factors: tuple[float, ...] = ()
+    """Multipliers (Cohere's `logit_scale`, Falcon-H1's `lm_head_multiplier`)."""
+    divisor: float | None = None
+    """Granite's `logits_scaling`."""
+    caps: tuple[float, ...] = ()
+    """c of c · tanh(logit / c) (Gemma 2's `final_logit_softcapping`)."""
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """Scaled and capped logits, any shape."""
+        for factor in self.factors:
+            logits = logits * factor
+        logits = logits if self.divisor is None else logits / self.divisor
+        for cap in self.caps:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+
+@dataclass(frozen=True)
+class Head:
+    """The target's LM head in the target's dtype: the same arithmetic, so the same law."""
+
+    weight: Tensor
+    """[V, D]"""
+    rule: HeadRule
+
+    def logits(self, last_hidden_ND: Tensor) -> Tensor:
+        """[N, V] in the target's dtype."""
+        product = torch.nn.functional.linear(last_hidden_ND.to(self.weight.dtype), self.weight)
+        return self.rule.apply(product)
+
+    def to(self, device: str | torch.device) -> "Head":
+        """The same head there."""
+        return Head(self.weight.to(device), self.rule)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the weight's type, shape and bytes and of the rule."""
+        what = [str(self.weight.dtype), list(self.weight.shape), asdict(self.rule)]
+        seen = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
+        seen.update(self.weight.cpu().contiguous().view(torch.uint8).numpy().data)
+        return seen.hexdigest()

@@ -7,7 +7,7 @@ that no later stage has to trust a family's conventions.
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline.config import Strict
 from pipeline.embedded import EmbeddedConfig
+from pipeline.interface import HeadRule
 from pipeline.target import (
     INTERFACE,
     MODEL_FILES,
@@ -29,6 +30,7 @@ from pipeline.target import (
     WeightsFile,
     body_of,
     files_digest,
+    head_rule,
     load_model,
     load_tokenizer,
     sample_digest,
@@ -268,13 +270,14 @@ def write_interface(out: Path, model: Any) -> None:
             todo="choose another target",
         )
     eps = float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
+    stated = {"eps": eps, "offset": _norm_offset(norm, eps)}
     tensors = {"embed": embed, "lm_head": head.weight.detach(), "norm": norm.weight.detach()}
     (out / INTERFACE).parent.mkdir(parents=True, exist_ok=True)
     save_file(
         {name: tensor.clone().contiguous() for name, tensor in tensors.items()},
         out / INTERFACE,
         # one key: safetensors writes several in the random order of a hash map
-        metadata={"norm": json.dumps({"eps": eps, "offset": _norm_offset(norm, eps)})},
+        metadata={"norm": json.dumps({**stated, **_head_metadata(model)})},
     )
 
 
@@ -311,6 +314,12 @@ def write_mtp(out: Path, home: Path, config: Any) -> None:
     }
     described = {"layout": layout, "prefix": prefixes[layout], "settings": settings}
     save_file(found[layout], out / MTP, metadata={"mtp": json.dumps(described)})
+
+
+def _head_metadata(model: Any) -> dict[str, Any]:
+    """What the family does to logits, where it does anything."""
+    rule = head_rule(model)
+    return {} if rule == HeadRule() else {"head": asdict(rule)}
 
 
 def _norm_offset(norm: Any, eps: float) -> float:

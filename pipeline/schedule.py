@@ -9,7 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from pipeline.checkpoint import read_config
-from pipeline.dataset import require
+from pipeline.dataset import head_for, require
 from pipeline.evaluate import (
     Bench,
     EvaluateConfig,
@@ -40,6 +40,8 @@ def open_bench(
     opened = {
         law: Cache.open(path, expect={"target": spec.fingerprint}) for law, path in caches.items()
     }
+    for cache in opened.values():
+        head_for(cache, target)
     for folder in drafts:
         _check_draft(folder, spec, caches=list(opened.values()))
     return Bench(

@@ -8,6 +8,7 @@ Dims: B sequences, T tokens, S depths, E rollouts, N remaining tokens (padded), 
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -184,7 +185,7 @@ def entropy(law: Law) -> Tensor:
     return -torch.xlogy(bucket, bucket).index_add(0, law.rows(), -parts)
 
 
-def strata(scores: Scores, batch: Batch) -> list[dict[str, float | str]]:
+def strata(scores: Scores, batch: Batch) -> list[dict[str, Any]]:
     """Sums of `depth_sums` over anchors of one kind: rows of `storage.tables.STRATA`, arm apart.
 
     An anchor's kind is that of its depth 0: the place of the drafted token in its response
@@ -197,13 +198,13 @@ def strata(scores: Scores, batch: Batch) -> list[dict[str, float | str]]:
     first = np.maximum.accumulate(np.where(start, index, 0), axis=1)
     # anchor j drafts x_{j+2} of the response that x_{j+1} lies in
     place = np.pad(index + 1 - first, ((0, 0), (0, 1)))[:, 1:]
-    kinds = {"position": (place, POSITIONS)}
+    kinds: dict[str, tuple[NDArray[Any], tuple[float, ...]]] = {"position": (place, POSITIONS)}
     if scores.alpha and batch.law is not None:
         row = np.pad(batch.law_row.numpy(force=True), ((0, 0), (0, 1)), constant_values=-1)[:, 1:]
         nats = entropy(batch.law).clamp(min=0).numpy(force=True)
         kinds["entropy"] = (np.where(row >= 0, nats[row], np.inf), NATS)
     numbers = _numbers(scores)
-    rows: list[dict[str, float | str]] = []
+    rows: list[dict[str, Any]] = []
     for kind, (value_BT, edges) in kinds.items():
         for lo, hi in pairwise(edges):
             inside_BT = (value_BT >= lo) & (value_BT < hi)

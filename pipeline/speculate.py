@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pipeline.draft import Context, Draft, State
+from pipeline.features import stored
 from pipeline.session import Session, Step
 from pipeline.target import Target
 
@@ -45,7 +46,9 @@ class Rules:
     last_hidden: bool = False
     """Whether the draft reads the states after the final norm."""
     features: Literal["cache", "exact"] = "cache"
-    """`cache`: hidden states pass through bf16, as the cache stores them."""
+    """`cache`: hidden states pass through the dtype that the cache stores them in."""
+    hidden_dtype: str = "bfloat16"
+    last_hidden_dtype: str = "bfloat16"
     trace: bool = False
     """Keep what each round drafted and why it was kept or not (`Decoded.trace`)."""
 
@@ -361,15 +364,18 @@ class _Rows:
 
     def _remember(self, step: Step, start_B: Tensor) -> None:
         """Keep the features of the fed tokens, at positions start … of each row."""
-        self.hidden = self._stored(self.hidden, step.hidden, start_B)
-        self.last_hidden = self._stored(self.last_hidden, step.last_hidden, start_B)
+        rules = self.rules
+        self.hidden = self._stored(self.hidden, step.hidden, start_B, rules.hidden_dtype)
+        self.last_hidden = self._stored(
+            self.last_hidden, step.last_hidden, start_B, rules.last_hidden_dtype
+        )
 
-    def _stored(self, buffer: Tensor | None, new: Tensor | None, start_B: Tensor) -> Tensor | None:
+    def _stored(
+        self, buffer: Tensor | None, new: Tensor | None, start_B: Tensor, dtype: str
+    ) -> Tensor | None:
         if new is None:
             return None
-        new = new.float()
-        if self.rules.features == "cache":
-            new = new.bfloat16().float()
+        new = stored(new, dtype) if self.rules.features == "cache" else new.float()
         rows, width = self.tokens_BW.shape
         if buffer is None:
             buffer = new.new_zeros(rows, width, *new.shape[2:])

@@ -27,7 +27,7 @@ from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from pipeline.config import Strict
-from pipeline.interface import Interface, Mtp
+from pipeline.interface import Head, HeadRule, Interface, Mtp
 from storage.errors import TargetError
 from storage.workspace import digest, file_digest, read_json
 
@@ -190,22 +190,28 @@ def head_of(model: Any) -> Callable[[Tensor], Tensor]:
     `pipeline.pin` compares it with the model's own logits once, so that a family with a rule
     that is not read here is refused and never captured wrongly.
     """
-    head = model.get_output_embeddings()
-    config = model.config.get_text_config()
-    factors = [getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier")]
-    divisor = getattr(config, "logits_scaling", None)
-    caps = [getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap")]
+    head, rule = model.get_output_embeddings(), head_rule(model)
 
     def apply(last_hidden_ND: Tensor) -> Tensor:
-        logits: Tensor = head(last_hidden_ND.to(head.weight.dtype))
-        for factor in factors:
-            logits = logits if factor is None else logits * factor
-        logits = logits if divisor is None else logits / divisor
-        for cap in caps:
-            logits = logits if cap is None else torch.tanh(logits / cap) * cap
-        return logits
+        return rule.apply(head(last_hidden_ND.to(head.weight.dtype)))
 
     return apply
+
+
+def head_rule(model: Any) -> HeadRule:
+    """The scaling and the soft caps that the model's config states."""
+    config = model.config.get_text_config()
+
+    def stated(*names: str) -> tuple[float, ...]:
+        found = [getattr(config, name, None) for name in names]
+        return tuple(float(value) for value in found if value is not None)
+
+    divisor = stated("logits_scaling")
+    return HeadRule(
+        factors=stated("logit_scale", "lm_head_multiplier"),
+        divisor=divisor[0] if divisor else None,
+        caps=stated("final_logit_softcapping", "logits_soft_cap"),
+    )
 
 
 @contextmanager
@@ -252,16 +258,7 @@ def read_interface(folder: Path) -> Interface:
 
     Where the family multiplies by 1 + weight (Gemma), the returned norm is that sum.
     """
-    from safetensors import safe_open
-
-    path = folder / INTERFACE
-    if not path.is_file():
-        raise TargetError(
-            found=f"no file {path}",
-            expected="the target's embedding, LM head and final norm",
-            todo="run dvc repro target",
-        )
-    with safe_open(path, framework="pt") as stored:
+    with _stored_interface(folder) as stored:
         norm = json.loads(stored.metadata()["norm"])
         tensors = {k: stored.get_tensor(k).float() for k in ("embed", "lm_head", "norm")}
     return Interface(
@@ -271,6 +268,28 @@ def read_interface(folder: Path) -> Interface:
         norm_eps=norm["eps"],
         mtp=partial(_read_mtp, folder / MTP) if (folder / MTP).is_file() else None,
     )
+
+
+def read_head(folder: Path) -> Head:
+    """The LM head of a target folder in the target's dtype, with what its family does to logits."""
+    with _stored_interface(folder) as stored:
+        rule = json.loads(stored.metadata()["norm"]).get("head", {})
+        weight = stored.get_tensor("lm_head")
+    lists = {name: tuple(rule.get(name, ())) for name in ("factors", "caps")}
+    return Head(weight, HeadRule(divisor=rule.get("divisor"), **lists))
+
+
+def _stored_interface(folder: Path) -> Any:
+    from safetensors import safe_open
+
+    path = folder / INTERFACE
+    if not path.is_file():
+        raise TargetError(
+            found=f"no file {path}",
+            expected="the target's embedding, LM head and final norm",
+            todo="run dvc repro target",
+        )
+    return safe_open(path, framework="pt")
 
 
 def _read_mtp(path: Path) -> Mtp:

@@ -3,14 +3,20 @@
 `pipeline.capture` writes the records; `pipeline.audit` compares a second pass with them. Knows no
 file and no draft.
 
+The device is kept busy: what a batch leaves behind travels to pinned memory while the next batch
+is already queued, and becomes records then. Memory is bounded whatever the batch and V are: logits
+exist for `logits_elements` numbers at a time, in the model's dtype, and in float32 only for
+`topk.chunk_elements` of them. A batch that finds no memory is cut in two and tried again.
+
 Dims: B sequences of a batch, T tokens (padded), R supervised rows of a batch, V vocabulary,
 L captured layers, D width. Sources: DESIGN §5; storage/record.py for what a row holds.
 """
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -18,19 +24,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.features import encode_bf16, encode_int8
+from pipeline.interface import Head
 from pipeline.seeds import uniforms
 from pipeline.target import Target
-from pipeline.topk import Kept, Rule, first_bad_row, truncate
-from storage.codecs import bf16_bits, encode_p
+from pipeline.topk import Kept, Rule, chunk_elements, first_bad_row, truncate
+from storage.codecs import encode_p
 from storage.errors import TargetError
 from storage.layout import Layout
 from storage.record import Record, supervised
 
-# Logits are computed for this many (row, id) pairs at a time: 64 MB in float32.
+# Logits are computed for this many (row, id) pairs at a time: 64 MB in float32 on a CPU. A device
+# gets as many as `topk` then works on at once.
 LOGITS_ELEMENTS = 1 << 24
 
 Columns = dict[str, NDArray[Any]]
 """Arrays by the names of storage/record.py."""
+Tensors = dict[str, Tensor]
+"""The same before they are numpy's."""
+# The head of `target/interface` and the model's own multiply the same numbers, perhaps in another
+# kernel: apart by at most this share of the row's largest logit, by dtype.
+HEAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,8 @@ class Stats:
     entropy: float
     seconds: float
     target_seconds: float
+    halvings: int = 0
+    """How often a batch found no memory and the batch size was halved."""
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -60,54 +76,58 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     return found
 
 
-def encode_kept(kept: Kept) -> Columns:
-    """The cache's codes of R rows (storage/codecs), and their entropy."""
-    return {
-        "token_logp": _numpy(kept.token_logp, np.float32),
-        "kept": _numpy(kept.kept, np.uint16),
-        "topk_ids": _numpy(kept.ids, np.uint32),
-        "topk_p": encode_p(_numpy(kept.p, np.float32)),
-        "tail_logp_mass": _numpy(kept.tail_logp_mass, np.float32),
-        "tail_kept": _numpy(kept.tail_kept, np.uint8),
-        "tail_ids": _numpy(kept.tail_ids, np.uint32),
-        "tail_logp": _numpy(kept.tail_logp, np.float16),
-        "entropy": _numpy(kept.entropy, np.float64),
-    }
+def logits_elements(device: torch.device) -> int:
+    """(row, id) pairs whose logits exist at once on a device."""
+    return max(LOGITS_ELEMENTS, chunk_elements(device))
 
 
-def encode_full(logits_NV: Tensor, token_N: Tensor) -> Columns:
-    """Log-probabilities of all ids in bfloat16; no entries, no tail.
+def dense_law(logits_NV: Tensor, token_N: Tensor, *, logits: bool) -> Tensors:
+    """What a cache of whole laws keeps of N rows: log p of what follows, and all of it in bfloat16.
 
     Normalised before they are rounded: that errs six times less than rounded logits
-    (reference/prototype.md §4).
+    (reference/prototype.md §4). A chunk at a time, as `topk.truncate`.
     """
-    logp_NV = torch.log_softmax(logits_NV.float(), -1)
-    none, num_rows = torch.zeros(0), len(token_N)
+    rows = max(1, chunk_elements(logits_NV.device) // logits_NV.shape[1])
+    chunks = [
+        _dense_chunk(logits_CV, token_C, logits=logits)
+        for logits_CV, token_C in zip(logits_NV.split(rows), token_N.split(rows), strict=True)
+    ]
+    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
+def _dense_chunk(logits_CV: Tensor, token_C: Tensor, *, logits: bool) -> Tensors:
+    logp_CV = torch.log_softmax(logits_CV.float(), -1)
+    kept = {"logits": encode_bf16(logp_CV)} if logits else {}
     return {
-        "token_logp": _numpy(logp_NV.gather(1, token_N[:, None])[:, 0], np.float32),
-        "kept": np.zeros(num_rows, np.uint16),
-        "topk_ids": _numpy(none, np.uint32),
-        "topk_p": _numpy(none, np.uint16),
-        "tail_logp_mass": np.zeros(num_rows, np.float32),
-        "tail_kept": np.zeros(num_rows, np.uint8),
-        "tail_ids": _numpy(none, np.uint32),
-        "tail_logp": _numpy(none, np.float16),
-        "logits": bf16_bits(_numpy(logp_NV, np.float32)),
-        "entropy": _numpy(-(logp_NV.exp() * logp_NV).sum(-1), np.float64),
+        "token_logp": logp_CV.gather(1, token_C[:, None])[:, 0],
+        "entropy": -(logp_CV.exp() * logp_CV).sum(-1),
+        **kept,
     }
 
 
-def _numpy(x: Tensor, dtype: Any) -> NDArray[Any]:
-    return x.cpu().numpy().astype(dtype)
-
-
-def _bits(x_BT: Tensor | None, b: int, length: int) -> NDArray[np.uint16] | None:
-    """Bfloat16 bits of one sequence of a batch."""
-    if x_BT is None:
-        return None
-    # torch rounds to nearest even too, and need not copy what is bfloat16 already
-    bits: NDArray[np.uint16] = x_BT[b, :length].bfloat16().view(torch.int16).cpu().numpy()
-    return bits.view(np.uint16)
+def encode(law: Columns) -> Columns:
+    """The cache's codes of R rows (storage/codecs) from their numbers, and their entropy."""
+    found: Columns = {
+        "token_logp": law["token_logp"].astype(np.float32),
+        "entropy": law["entropy"].astype(np.float64),
+    }
+    if "kept" not in law:
+        zeros = np.zeros(len(law["token_logp"]), np.uint8)
+        none = np.zeros(0, np.float32)
+        law = {**law, "kept": zeros, "tail_kept": zeros, "tail_logp_mass": zeros}
+        law |= {"ids": none, "p": none, "tail_ids": none, "tail_logp": none}
+    found |= {
+        "kept": law["kept"].astype(np.uint16),
+        "topk_ids": law["ids"].astype(np.uint32),
+        "topk_p": encode_p(law["p"]),
+        "tail_logp_mass": law["tail_logp_mass"].astype(np.float32),
+        "tail_kept": law["tail_kept"].astype(np.uint8),
+        "tail_ids": law["tail_ids"].astype(np.uint32),
+        "tail_logp": law["tail_logp"].astype(np.float16),
+    }
+    if "logits" in law:
+        found["logits"] = law["logits"].view(np.uint16)
+    return found
 
 
 def _cut(law: Columns, start: int, stop: int, supervised_T: NDArray[np.bool_]) -> Columns:
@@ -128,24 +148,73 @@ def _cut(law: Columns, start: int, stop: int, supervised_T: NDArray[np.bool_]) -
     return cut
 
 
+def _to_host(x: Tensor) -> Tensor:
+    """A copy in pinned memory that a device fills when it gets there; a CPU's tensor itself."""
+    if x.device.type == "cpu":
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A batch whose numbers are on their way to the host."""
+
+    rows: Sequence[dict[str, Any]]
+    tokens: NDArray[np.int64]
+    """[B, T]"""
+    supervised: NDArray[np.bool_]
+    """[B, T]"""
+    law: list[Tensors]
+    """Chunk after chunk of the batch's supervised rows."""
+    features: Tensors
+    """Padded [B, T, …] by the names of the record's arrays."""
+    arrived: Any
+    """A CUDA event, or None where nothing travels."""
+
+
 class Pass:
     """The teacher-forced pass over some sequences."""
 
     def __init__(
-        self, target: Target, layout: Layout, *, rule: Rule, batch_tokens: int, seed: int
+        self,
+        target: Target,
+        layout: Layout,
+        *,
+        rule: Rule | None,
+        batch_tokens: int,
+        seed: int,
+        head: Head | None = None,
     ) -> None:
-        self._target, self._layout, self._rule = target, layout, rule
+        """`rule` of mode `topk`; `head` is what mode `rebuild` will make the laws with again."""
+        assert layout.dense or rule is not None, "laws that are not kept whole are cut by a rule"
+        self._target, self._layout, self._head = target, layout, head
+        self._rule = None if layout.dense else rule
         self._batch_tokens, self._seed = batch_tokens, seed
         self._started = time.perf_counter()
         self._tokens, self._rows, self._entropy, self._target_s = 0, 0, 0.0, 0.0
+        self._halvings = 0
 
     def records(self, rows: Sequence[dict[str, Any]]) -> list[Record]:
         """One record a row, in their order; `TargetError` names a position without a law."""
         lengths = [len(row["tokens"]) for row in rows]
+        todo = batches(lengths, self._batch_tokens)
         placed: dict[int, Record] = {}
-        for batch in batches(lengths, self._batch_tokens):
-            captured = self._batch([rows[index] for index in batch])
-            placed.update(zip(batch, captured, strict=True))
+        flying: tuple[list[int], _Flight] | None = None
+        while todo:
+            batch = todo[0]
+            flight = self._try([rows[index] for index in batch])
+            if flight is None:
+                left = [index for some in todo for index in some]
+                self._halve(batch, lengths, rows)
+                again = batches([lengths[index] for index in left], self._batch_tokens)
+                todo = [[left[place] for place in some] for some in again]
+                continue
+            del todo[0]
+            if flying is not None:
+                placed.update(zip(flying[0], self._land(flying[1]), strict=True))
+            flying = batch, flight
+        if flying is not None:
+            placed.update(zip(flying[0], self._land(flying[1]), strict=True))
         return [placed[index] for index in range(len(rows))]
 
     def stats(self) -> Stats:
@@ -156,11 +225,40 @@ class Pass:
             entropy=self._entropy,
             seconds=time.perf_counter() - self._started,
             target_seconds=self._target_s,
+            halvings=self._halvings,
         )
 
+    def _try(self, rows: Sequence[dict[str, Any]]) -> _Flight | None:
+        """A batch on its way, or None where the device has not the memory for it."""
+        try:
+            return self._launch(rows)
+        except torch.OutOfMemoryError:
+            pass
+        # only now are the failed batch's tensors free: the error's traceback held them
+        if torch.cuda.is_available():
+            gc.collect()
+            torch.cuda.empty_cache()
+        return None
+
+    def _halve(
+        self, batch: Sequence[int], lengths: Sequence[int], rows: Sequence[dict[str, Any]]
+    ) -> None:
+        """Allow half the padded tokens of a batch that was too large."""
+        if len(batch) == 1:
+            row = rows[batch[0]]
+            raise TargetError(
+                found=f"no memory on {self._target.device} for sequence {row['id']!r} of "
+                f"{lengths[batch[0]]} tokens alone",
+                expected="memory for the target and its longest sequence",
+                todo="free the device, take a larger one, or lower generate.max_prompt_tokens and "
+                "max_new_tokens",
+            )
+        self._batch_tokens = len(batch) * lengths[batch[0]] // 2
+        self._halvings += 1
+
     @torch.inference_mode()
-    def _batch(self, rows: Sequence[dict[str, Any]]) -> list[Record]:
-        """Records of one batch."""
+    def _launch(self, rows: Sequence[dict[str, Any]]) -> _Flight:
+        """Queue one batch on the device."""
         lengths = [len(row["tokens"]) for row in rows]
         tokens_BT = np.zeros((len(rows), max(lengths)), dtype=np.int64)
         supervised_BT = np.zeros(tokens_BT.shape, dtype=np.bool_)
@@ -174,27 +272,54 @@ class Pass:
                 layers=self._layout.hidden_layers,
             )
         b_R, t_R = supervised_BT.nonzero()
+        last_hidden = features.last_hidden
+        at_b, at_t = (torch.from_numpy(x).to(last_hidden.device) for x in (b_R, t_R))
         law = self._law(
-            features.last_hidden[b_R, t_R],
+            last_hidden[at_b, at_t],
             torch.from_numpy(tokens_BT[b_R, t_R + 1]),
             self._draws(rows, supervised_BT),
             name=lambda r: f"sequence {rows[b_R[r]]['id']!r}, position {t_R[r]}",
         )
+        kept = self._features("hidden", features.hidden)
+        kept |= self._features("last_hidden", last_hidden)
+        arrived = None
+        if last_hidden.device.type == "cuda":
+            arrived = torch.cuda.Event()
+            arrived.record()
+        return _Flight(rows, tokens_BT, supervised_BT, law, kept, arrived)
+
+    def _features(self, name: str, x: Tensor | None) -> Tensors:
+        """The arrays that the layout stores of one feature, on their way."""
+        stored = {array.name for array in self._layout.arrays()}
+        if x is not None and name in stored:
+            return {name: _to_host(encode_bf16(x))}
+        if x is not None and f"{name}_int8" in stored:
+            code, scale = encode_int8(x)
+            return {f"{name}_int8": _to_host(code), f"{name}_scale": _to_host(scale)}
+        return {}
+
+    def _land(self, flight: _Flight) -> list[Record]:
+        """The records of a batch whose numbers have arrived."""
+        if flight.arrived is not None:
+            flight.arrived.synchronize()
+        chunks = [{name: x.numpy() for name, x in chunk.items()} for chunk in flight.law]
+        law = encode({name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]})
+        self._entropy += float(law.pop("entropy").sum(dtype=np.float64))
+        lengths = [len(row["tokens"]) for row in flight.rows]
+        b_R = flight.supervised.nonzero()[0]
         self._tokens += sum(lengths)
         self._rows += len(b_R)
-        starts = np.searchsorted(b_R, np.arange(len(rows) + 1))
-        last_hidden = features.last_hidden if self._layout.last_hidden else None
+        starts = np.searchsorted(b_R, np.arange(len(lengths) + 1))
         return [
             Record(
                 id=row["id"],
                 domain=row["domain"],
-                tokens=tokens_BT[b, : lengths[b]].astype(np.uint32),
+                tokens=flight.tokens[b, :length].astype(np.uint32),
                 turn=np.asarray(row["turn"], dtype=np.int32),
-                hidden=_bits(features.hidden, b, lengths[b]),
-                last_hidden=_bits(last_hidden, b, lengths[b]),
-                **_cut(law, starts[b], starts[b + 1], supervised_BT[b, : lengths[b]]),
+                **{name: _own(x, b, length) for name, x in flight.features.items()},
+                **_cut(law, starts[b], starts[b + 1], flight.supervised[b, :length]),
             )
-            for b, row in enumerate(rows)
+            for b, (row, length) in enumerate(zip(flight.rows, lengths, strict=True))
         ]
 
     def _law(
@@ -204,10 +329,10 @@ class Pass:
         uniform_RM: Tensor,
         *,
         name: Callable[[int], str],
-    ) -> Columns:
-        """Stored numbers of R rows, reduced a chunk at a time; `TargetError` for no finite law."""
-        parts = []
-        size = max(1, LOGITS_ELEMENTS // self._layout.vocab_size)
+    ) -> list[Tensors]:
+        """Numbers of R rows, reduced a chunk at a time; `TargetError` for no finite law."""
+        found = []
+        size = max(1, logits_elements(last_hidden_RD.device) // self._layout.vocab_size)
         for first in range(0, max(1, len(token_R)), size):
             chunk = slice(first, first + size)
             with self._timed():
@@ -219,19 +344,20 @@ class Pass:
                     expected="finite logits",
                     todo="check the target's weights, or load it in a wider dtype (target.dtype)",
                 )
+            if self._head is not None and len(logits):
+                check_head(self._head, last_hidden_RD[chunk], logits)
+                self._head = None  # once a pass: a head is right or wrong for all rows
             token, draw = token_R[chunk].to(logits.device), uniform_RM[chunk].to(logits.device)
-            if self._layout.mode == "full":
-                parts.append(encode_full(logits, token))
+            if self._rule is None:
+                law = dense_law(logits, token, logits=self._layout.mode == "full")
             else:
-                kept = truncate(logits, token, rule=self._rule, uniform_NM=draw)
-                parts.append(encode_kept(kept))
-        law = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        self._entropy += float(law.pop("entropy").sum(dtype=np.float64))
-        return law
+                law = _tensors(truncate(logits, token, rule=self._rule, uniform_NM=draw))
+            found.append({key: _to_host(x) for key, x in law.items()})
+        return found
 
     def _draws(self, rows: Sequence[dict[str, Any]], supervised_BT: NDArray[np.bool_]) -> Tensor:
         """[R, M] uniforms of each supervised row, by its sequence and position."""
-        num_samples = self._rule.tail_samples
+        num_samples = 0 if self._rule is None else self._rule.tail_samples
         draws = [torch.zeros(0, num_samples, dtype=torch.float64)]
         for row, rows_T in zip(rows, supervised_BT, strict=True):
             length = len(row["tokens"])
@@ -246,3 +372,33 @@ class Pass:
         started = time.perf_counter()
         yield
         self._target_s += time.perf_counter() - started
+
+
+def check_head(head: Head, last_hidden_ND: Tensor, logits_NV: Tensor) -> None:
+    """`TargetError` unless the head of `target/interface` gives the target's own logits."""
+    ours = head.to(last_hidden_ND.device).logits(last_hidden_ND)
+    fits = ours.shape == logits_NV.shape
+    if fits and ours.numel():
+        scale = logits_NV.abs().amax().float().clamp(min=1e-6)
+        off = (ours - logits_NV).abs().amax().float()
+        fits = bool(off <= HEAD_TOLERANCE.get(logits_NV.dtype, 1e-4) * scale)
+    if not fits:
+        raise TargetError(
+            found="an LM head in target/interface that does not give the target's own logits",
+            expected="the lm_head, scaling and soft caps of the pinned target, from which mode "
+            "rebuild makes its laws again",
+            todo="run dvc repro --force target, which writes the interface anew",
+        )
+
+
+def _tensors(kept: Kept) -> Tensors:
+    return {field.name: getattr(kept, field.name) for field in fields(kept)}
+
+
+def _own(x_BT: Tensor, b: int, length: int) -> NDArray[Any]:
+    """One sequence of a batch; bfloat16 bits as the unsigned numbers that they are stored as.
+
+    A copy: a view would hold the batch's padding, and on a device's host pinned memory.
+    """
+    value: NDArray[Any] = x_BT[b, :length].numpy().copy()
+    return value.view(np.uint16) if value.dtype == np.int16 else value

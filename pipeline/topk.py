@@ -1,8 +1,13 @@
-"""Logits of the target -> what the cache keeps of its law: ids by threshold, tail mass, samples.
+"""Logits of the target -> what the cache keeps of its law: ids by a rule, tail mass, samples.
 
 Pure torch: randomness comes in as uniforms, rows do not know their sequences, and nothing is
-rounded to the cache's codes here (`pipeline.capture` does that). Each row's numbers depend on the
+rounded to the cache's codes here (`pipeline.teacher` does that). Each row's numbers depend on the
 row alone, so neither batches nor workers change them.
+
+Three rules, one form: the likeliest ids, as long as p >= min_prob (absolute threshold), as long as
+those before an id hold less than top_p (nucleus), and no more than max_kept (with neither of the
+two: fixed K). Equal logits go by id. Memory: whatever N is, nothing in float32 or wider has more
+than `chunk_elements` numbers, or V where that is more.
 
 Dims: N rows, V vocabulary, E kept entries and M tail samples of all rows together, C rows of a
 chunk. Source: DESIGN §5; the tail's estimator is MATHS' and Anshumann et al. 2025's (sampled KD).
@@ -17,6 +22,9 @@ from torch import Tensor
 # then stay near the core (1.5-2 times faster than in chunks of 16 MB), and a chunk's float64 copy
 # stays small whatever V is.
 CHUNK_ELEMENTS = 1 << 20
+# An accelerator starts some 40 kernels a chunk: 256 MB of float32 (512 rows of V = 131,072) keep it
+# longer than its launches do, for a few such copies of memory. Chosen by that count, not measured.
+DEVICE_CHUNK_ELEMENTS = 1 << 26
 # A tail lighter than this is not sampled even if the rule would: its float32 terms may all be 0.
 LEAST_MASS = 1e-30
 
@@ -25,15 +33,17 @@ LEAST_MASS = 1e-30
 class Rule:
     """What is kept of a row."""
 
-    min_prob: float
-    """Every id with p ≥ min_prob is kept …"""
     max_kept: int
-    """… but no more than this many, the likeliest ones."""
+    """The likeliest ids, no more than this many …"""
     tail_samples: int
     """Samples of a tail of at least `tail_full_mass`; fewer in proportion below …"""
     tail_full_mass: float
     tail_min_mass: float
     """… and none where the tail's mass is less than this."""
+    min_prob: float = 0.0
+    """… with p ≥ min_prob; 0 for a rule without a threshold …"""
+    top_p: float | None = None
+    """… whose likelier ones hold less than top_p together; None for a rule without a nucleus."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +77,14 @@ def first_bad_row(logits_NV: Tensor) -> int | None:
     return int(bad_N.nonzero()[0]) if bool(bad_N.any()) else None
 
 
+def chunk_elements(device: torch.device) -> int:
+    """Logits worked on at once on a device."""
+    return CHUNK_ELEMENTS if device.type == "cpu" else DEVICE_CHUNK_ELEMENTS
+
+
 def truncate(logits_NV: Tensor, token_N: Tensor, *, rule: Rule, uniform_NM: Tensor) -> Kept:
     """Keep of every row what the rule says; `uniform_NM` [N, ≥ tail_samples] float64 in [0, 1)."""
-    rows = max(1, CHUNK_ELEMENTS // logits_NV.shape[1])
+    rows = max(1, chunk_elements(logits_NV.device) // logits_NV.shape[1])
     chunks = [
         _truncate(logits, token, rule, uniform)
         for logits, token, uniform in zip(
@@ -118,8 +133,7 @@ def _truncate(logits_CV: Tensor, token_C: Tensor, rule: Rule, uniform_CM: Tensor
 
 def _select(logp_CV: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     """Counts [C], and what is kept as row · V + id [E]: by row, likeliest first, ties by id."""
-    threshold = torch.tensor(rule.min_prob, dtype=torch.float64).log()
-    at_E = (logp_CV.view(-1) >= threshold.to(logp_CV)).nonzero()[:, 0]
+    at_E = (logp_CV >= _least(logp_CV, rule)).view(-1).nonzero()[:, 0]
     row_E = at_E // logp_CV.shape[1]
     cost_E = (0.0 - logp_CV.view(-1).index_select(0, at_E)).clamp(min=0.0)
     # the bits of a float32 that is not negative ascend with it, so one sort orders rows and values;
@@ -128,7 +142,33 @@ def _select(logp_CV: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     count_C = torch.bincount(row_E, minlength=len(logp_CV))
     rank_E = torch.arange(len(row_E), device=row_E.device) - (count_C.cumsum(0) - count_C)[row_E]
     kept_C = count_C.clamp(max=rule.max_kept)
-    return kept_C, at_E[order_E[rank_E < rule.max_kept]]
+    at_E = at_E[order_E[rank_E < rule.max_kept]]
+    return (kept_C, at_E) if rule.top_p is None else _nucleus(logp_CV, kept_C, at_E, rule.top_p)
+
+
+def _least(logp_CV: Tensor, rule: Rule) -> Tensor:
+    """[C or 1, 1] the smallest log p that may be kept: of the threshold, or of the max_kept-th id.
+
+    A threshold alone cuts most ids away; without one the max_kept-th likeliest of a row does. What
+    ties with it is cut by rank, later, where ties go by id.
+    """
+    if rule.min_prob > 0:
+        threshold = torch.tensor([[rule.min_prob]], dtype=torch.float64).log()
+        return threshold.to(logp_CV)
+    num = min(rule.max_kept, logp_CV.shape[1])
+    return logp_CV.topk(num, sorted=False).values.amin(-1, keepdim=True)
+
+
+def _nucleus(logp_CV: Tensor, kept_C: Tensor, at_E: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Of rows cut to their likeliest ids: those before which less than top_p was counted."""
+    most = int(kept_C.max()) if len(kept_C) else 0
+    p_CK = logp_CV.new_zeros(len(kept_C), most, dtype=torch.float64)
+    inside_CK = torch.arange(most, device=kept_C.device) < kept_C[:, None]
+    p_CK[inside_CK] = logp_CV.view(-1).index_select(0, at_E).double().exp()
+    # row by row, so that no sum depends on what else is in the chunk; what is masked adds 0
+    before_CK = p_CK.cumsum(-1) - p_CK
+    within_CK = inside_CK & (before_CK < top_p)
+    return within_CK.sum(-1), at_E[within_CK[inside_CK]]
 
 
 def _draw(tail_CV: Tensor, count_C: Tensor, uniform_CM: Tensor) -> Tensor:

@@ -27,9 +27,15 @@ from torch import Tensor, nn
 
 from pipeline.batch import Batch
 from pipeline.config import Strict, load
-from pipeline.dataset import heldout_batches, require, supervised_counts, training_batches
+from pipeline.dataset import (
+    head_for,
+    heldout_batches,
+    require,
+    supervised_counts,
+    training_batches,
+)
 from pipeline.draft import Draft, DraftConfig, Needs, find
-from pipeline.interface import Interface, Shape
+from pipeline.interface import Head, Interface, Shape
 from pipeline.loss import DepthWeights, align, reduce
 from pipeline.optimizer import AdamW, learning_rate
 from pipeline.provenance import Progress as ProgressLine
@@ -134,6 +140,8 @@ class Inputs:
     interface: Interface | None
     train: Cache
     heldout: Cache
+    head: Head | None
+    """What makes the laws of caches of mode `rebuild`; None for other modes."""
     source: dict[str, str]
     """Fingerprint of the target, digest of the training cache's manifest."""
 
@@ -174,6 +182,7 @@ def open_inputs(name: str, kind: str, *, cache: Path, target: Path) -> Inputs:
     needs = module.Model.needs(section)
     for split in (train, heldout):
         require(split.layout, needs)
+    heads = [head_for(split, target) for split in (train, heldout)]
     return Inputs(
         section=section,
         model=module.Model,
@@ -181,6 +190,7 @@ def open_inputs(name: str, kind: str, *, cache: Path, target: Path) -> Inputs:
         interface=read_interface(target) if needs.interface else None,
         train=train,
         heldout=heldout,
+        head=heads[0] or heads[1],
         source={**expect, "cache": file_digest(train.path / MANIFEST)},
     )
 
@@ -563,6 +573,7 @@ def fit_from_cache(
         needs=needs,
         device=device,
         rank=rank,
+        head=inputs.head,
     )
     with closing(prefetched(batches, depth=AHEAD)) as stream:
         return fit(

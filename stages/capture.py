@@ -18,7 +18,7 @@ from pipeline.capture import (
 from pipeline.cluster import ClusterConfig, device, open_cluster
 from pipeline.config import load
 from pipeline.provenance import run
-from pipeline.target import home_of, read_spec
+from pipeline.target import home_of, read_head, read_spec
 from storage.tables import SEQUENCES, read_table
 from storage.workspace import Workspace, file_digest, write_json
 
@@ -37,7 +37,8 @@ def main() -> None:
     tables = {split: read_table(path, SEQUENCES) for split, path in files.items()}
     laws = {split: law_of(tables[split], spec, path=path) for split, path in files.items()}
     digests = {split: file_digest(path) for split, path in files.items()}
-    fingerprint = fingerprint_of(spec, config, digests)
+    head = {"head": read_head(TARGET).digest} if layout.mode == "rebuild" else {}
+    fingerprint = fingerprint_of(spec, config, digests | head)
     outs = [*CACHES.values(), METRICS, TIMINGS]
     with Workspace("capture", fingerprint, outs=outs, keep_replaced=True) as workspace:
         if workspace.complete():
@@ -74,6 +75,7 @@ def main() -> None:
                     "split": split,
                     "law": laws[split],
                     "capture": fingerprint,
+                    **head,
                 },
                 tokenizer=home_of(spec, TARGET) / "tokenizer.json",
             )

@@ -8,8 +8,9 @@ from pipeline.cluster import ClusterConfig, device, open_cluster
 from pipeline.config import load
 from pipeline.coverage import coverage
 from pipeline.provenance import run
-from pipeline.target import read_spec
+from pipeline.target import read_head, read_spec
 from storage.errors import CacheError
+from storage.manifest import check_source
 from storage.reader import Cache
 from storage.verify import check_cache
 from storage.workspace import Workspace, digest, file_digest, write_json
@@ -61,7 +62,8 @@ def main() -> None:
 def _open(split: str, target: str) -> Cache:
     """A cache whose every file and array is sound; `CacheError` names the first thing that is not.
 
-    Made from this target and from these sequences, or it is a `FingerprintMismatch`.
+    Made from this target and these sequences, and with this LM head where that makes its laws, or
+    it is a `FingerprintMismatch`.
     """
     findings = check_cache(CACHES[split])
     if findings:
@@ -72,7 +74,10 @@ def _open(split: str, target: str) -> Cache:
             todo=f"remove {CACHES[split]} and run dvc repro, which captures it anew",
         )
     expect = {"target": target, "sequences": file_digest(SEQUENCES[split])}
-    return Cache.open(CACHES[split], expect=expect)
+    cache = Cache.open(CACHES[split], expect=expect)
+    if cache.layout.mode == "rebuild":
+        check_source(cache.path, cache.source, {"head": read_head(TARGET).digest})
+    return cache
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The table of arrays of a cache: one row an array, read by writer, reader, verify and FORMAT.md.
 
 Dims: token, entry (Σ kept), sample (Σ tail_kept), row (supervised token), sequence, byte; and
-the fixed V (vocabulary), L (captured layers), D (target width). Ragged dims are local to a part.
+the fixed V (vocabulary), L (captured layers), D (target width), G (groups of 128 of D). Ragged dims
+are local to a part.
 
 Knows names, shapes and types, not how they are filled or compressed beyond the chunk length.
 """
@@ -11,15 +12,20 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 VERSION = 1
-MODES = ("topk", "full")
+MODES = ("topk", "full", "rebuild")
+HIDDEN_DTYPES = ("bfloat16", "int8")
 MAX_VOCAB = 2**32 - 1  # ids are uint32
 TOKEN_CHUNK = 4096
 ENTRY_CHUNK = 65_536
 # Wide rows (hidden states, logits) get chunks of about this size: sixteen rows of a 32k vocabulary
 # measured best (reference/ecosystem.md §3.3), and smaller ones pay zarr's fixed cost per chunk.
 WIDE_CHUNK_BYTES = 1 << 20
+# Numbers of a hidden state that share one scale in 8 bits: an outlier channel of a language model
+# coarsens its group and no other, and the scales cost 1.6 % beside the codes.
+GROUP = 128
 
 BFLOAT16 = "bfloat16 bits"
+INT8 = "value = code * scale of its group"
 PROBABILITY = "p = (code / 1023)^2"
 UTF8 = "UTF-8, all strings joined"
 
@@ -51,7 +57,11 @@ TABLE = (
         "logits", ("row", "V"), "uint16", "full log-probabilities of supervised tokens", BFLOAT16
     ),
     Array("hidden", ("token", "L", "D"), "uint16", "captured hidden states", BFLOAT16),
+    Array("hidden_int8", ("token", "L", "D"), "int8", "the same in 8 bits", INT8),
+    Array("hidden_scale", ("token", "L", "G"), "float32", "scales of `hidden_int8`"),
     Array("last_hidden", ("token", "D"), "uint16", "hidden state after the final norm", BFLOAT16),
+    Array("last_hidden_int8", ("token", "D"), "int8", "the same in 8 bits", INT8),
+    Array("last_hidden_scale", ("token", "G"), "float32", "scales of `last_hidden_int8`"),
     Array("row_start", ("sequence",), "int64", "first token of the sequence"),
     Array("length", ("sequence",), "int64", "tokens of the sequence"),
     Array("id", ("byte",), "uint8", "the sequences' ids", UTF8),
@@ -69,12 +79,15 @@ class Layout:
     """What one cache stores of every token."""
 
     mode: str
-    """`topk` (ragged entries and tail samples) or `full` (logits of supervised rows)."""
+    """`topk` (ragged entries and tail samples), `full` (logits of supervised rows) or `rebuild`
+    (`last_hidden`, from which the LM head makes the logits again)."""
     vocab_size: int
     hidden_size: int
     hidden_layers: tuple[int, ...]
     """Indices into transformers' `hidden_states`: 0 is the embedding's output."""
     last_hidden: bool
+    hidden_dtype: str = "bfloat16"
+    """`bfloat16` or `int8`, of `hidden` and `last_hidden`."""
 
     def __post_init__(self) -> None:
         """A layout that cannot be written is the caller's mistake."""
@@ -84,24 +97,54 @@ class Layout:
             raise ValueError(f"vocabulary of {self.vocab_size}; expected 1 to {MAX_VOCAB}")
         if self.hidden_size < 1:
             raise ValueError(f"hidden_size {self.hidden_size}; expected at least 1")
+        if self.hidden_dtype not in HIDDEN_DTYPES:
+            raise ValueError(
+                f"hidden_dtype {self.hidden_dtype!r}; expected one of {', '.join(HIDDEN_DTYPES)}"
+            )
+        if self.mode == "rebuild" and not self.last_hidden:
+            raise ValueError("mode rebuild without last_hidden; expected last_hidden")
+
+    @property
+    def dense(self) -> bool:
+        """Whether the whole law of a row is kept, or all that it takes to make it again."""
+        return self.mode != "topk"
+
+    @property
+    def last_hidden_dtype(self) -> str:
+        """`hidden_dtype`, but the law of mode `rebuild` hangs on every bit of this one."""
+        return "bfloat16" if self.mode == "rebuild" else self.hidden_dtype
 
     def arrays(self) -> tuple[Array, ...]:
         """The arrays that every part of this cache holds, in the table's order."""
-        absent = {
-            "logits": self.mode != "full",
-            "hidden": not self.hidden_layers,
-            "last_hidden": not self.last_hidden,
+        eight, last_eight = self.hidden_dtype == "int8", self.last_hidden_dtype == "int8"
+        layers = bool(self.hidden_layers)
+        stored = {
+            "logits": self.mode == "full",
+            "hidden": layers and not eight,
+            "hidden_int8": layers and eight,
+            "hidden_scale": layers and eight,
+            "last_hidden": self.last_hidden and not last_eight,
+            "last_hidden_int8": self.last_hidden and last_eight,
+            "last_hidden_scale": self.last_hidden and last_eight,
         }
-        return tuple(array for array in TABLE if not absent.get(array.name, False))
+        return tuple(array for array in TABLE if stored.get(array.name, True))
 
     def width(self, array: Array) -> tuple[int, ...]:
         """Sizes of the dims after the first."""
-        fixed = {"V": self.vocab_size, "L": len(self.hidden_layers), "D": self.hidden_size}
+        fixed = {
+            "V": self.vocab_size,
+            "L": len(self.hidden_layers),
+            "D": self.hidden_size,
+            "G": -(-self.hidden_size // GROUP),
+        }
         return tuple(fixed[dim] for dim in array.dims[1:])
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON form, kept in the manifest."""
-        return {**asdict(self), "hidden_layers": list(self.hidden_layers)}
+        """JSON form, kept in the manifest; `hidden_dtype` only where it is not the default."""
+        value = {**asdict(self), "hidden_layers": list(self.hidden_layers)}
+        if self.hidden_dtype == "bfloat16":
+            del value["hidden_dtype"]
+        return value
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> "Layout":
@@ -112,6 +155,7 @@ class Layout:
             hidden_size=value["hidden_size"],
             hidden_layers=tuple(value["hidden_layers"]),
             last_hidden=value["last_hidden"],
+            hidden_dtype=value.get("hidden_dtype", "bfloat16"),
         )
 
 

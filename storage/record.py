@@ -1,7 +1,8 @@
 """One cached sequence in memory: the currency of writer, reader, capture and training.
 
 Dims: T tokens, R supervised rows, E = Σ kept entries, M = Σ tail_kept samples, V vocabulary,
-L captured layers, D target width. numpy only; names are those of the zarr arrays (storage/layout).
+L captured layers, D target width, G groups of 128 of D. numpy only; names are those of the zarr
+arrays (storage/layout).
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.errors import CacheError
-from storage.layout import Layout
+from storage.layout import TABLE, Layout
+
+OPTIONAL = tuple(array.name for array in TABLE if len(array.dims) > 1)
+"""Arrays that a layout may do without, and a record then holds as None."""
 
 
 def supervised(turn: NDArray[np.int32]) -> NDArray[np.bool_]:
@@ -34,7 +38,7 @@ class Record:
     token_logp: NDArray[np.float32]
     """[T] nats: log p_t(x_{t+1}), exact whatever the cache keeps"""
     kept: NDArray[np.uint16]
-    """[T] entries of each token; all 0 in mode `full`"""
+    """[T] entries of each token; all 0 in the modes that keep whole laws"""
     topk_ids: NDArray[np.uint32]
     """[E]"""
     topk_p: NDArray[np.uint16]
@@ -51,8 +55,16 @@ class Record:
     """[R, V] bfloat16 bits of supervised rows, in order; mode `full` only"""
     hidden: NDArray[np.uint16] | None = None
     """[T, L, D] bfloat16 bits"""
+    hidden_int8: NDArray[np.int8] | None = None
+    """[T, L, D] codes, where the layout keeps 8 bits"""
+    hidden_scale: NDArray[np.float32] | None = None
+    """[T, L, G]"""
     last_hidden: NDArray[np.uint16] | None = None
     """[T, D] bfloat16 bits, after the final norm"""
+    last_hidden_int8: NDArray[np.int8] | None = None
+    """[T, D] codes, where the layout keeps 8 bits"""
+    last_hidden_scale: NDArray[np.float32] | None = None
+    """[T, G]"""
 
     def check(self, layout: Layout) -> None:
         """Raise `CacheError` naming the sequence where the record cannot be written so."""
@@ -77,7 +89,7 @@ def _shape_problem(record: Record, layout: Layout) -> str:
     wanted = {array.name for array in layout.arrays()}
     if num_tokens == 0:
         return "no tokens"
-    for name in ("logits", "hidden", "last_hidden"):
+    for name in OPTIONAL:
         if getattr(record, name) is not None and name not in wanted:
             return f"{name} that the layout does not store"
     for array in layout.arrays():
@@ -118,4 +130,8 @@ def _value_problem(record: Record, layout: Layout) -> str:
         # an exponent of all ones is infinity or NaN
         if bits is not None and ((bits & 0x7F80) == 0x7F80).any():
             return f"{name} is not finite"
+    for name in ("hidden_scale", "last_hidden_scale"):
+        scale = getattr(record, name)
+        if scale is not None and not ((scale > 0) & (scale < np.inf)).all():
+            return f"{name} is not positive and finite"
     return ""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.codecs import LEVELS, decode_p, p_error
+from storage.codecs import LEVELS, decode_p, p_cell, p_error
 from storage.errors import LkcacheError
 from storage.layout import Layout
 from storage.manifest import read_manifest
@@ -30,6 +30,8 @@ MASS_TOLERANCE = 1e-4
 P_TOLERANCE = 1e-4
 # float16 log-probabilities near 0 round to at most this much above the exact value
 LOGP_TOLERANCE = 1e-3
+# … and keep 11 bits
+HALF_STEP = 2.0**-11
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -104,12 +106,19 @@ def _part_findings(arrays: Arrays, layout: Layout, num_rows: int) -> Iterator[tu
     yield from found
     if found:
         return
-    yield from _value_findings(arrays, layout.vocab_size)
+    found = list(_value_findings(arrays, layout.vocab_size))
+    yield from found
+    if found:
+        return
     rows = _supervised_rows(arrays)
     yield from _unsupervised_findings(arrays, rows)
     if rows.sum() != num_rows:
         yield "turn", f"makes {int(rows.sum())} supervised tokens, the manifest counts {num_rows}"
-    if layout.mode == "topk":
+    if layout.dense:
+        for name in ("kept", "tail_kept"):
+            if arrays[name].any():
+                yield name, f"counts entries in a cache of whole laws (mode {layout.mode})"
+    else:
         yield from _law_findings(arrays, rows)
 
 
@@ -159,6 +168,9 @@ def _value_findings(arrays: Arrays, vocab_size: int) -> Iterator[tuple[str, str]
     for name in ("logits", "hidden", "last_hidden"):
         if name in arrays and ((arrays[name] & 0x7F80) == 0x7F80).any():
             yield name, "holds NaN or an infinity"
+    for name in ("hidden_scale", "last_hidden_scale"):
+        if name in arrays and not ((arrays[name] > 0) & (arrays[name] < np.inf)).all():
+            yield name, "holds a scale that is not positive and finite"
 
 
 def _supervised_rows(arrays: Arrays) -> NDArray[np.bool_]:
@@ -197,6 +209,7 @@ def _law_findings(arrays: Arrays, rows: NDArray[np.bool_]) -> Iterator[tuple[str
     if empty.any():
         yield "kept", f"{int(empty.sum())} supervised tokens hold no data"
     yield from _emitted_findings(arrays, owner, p, error)
+    yield from _order_findings(arrays, owner)
 
 
 def _emitted_findings(
@@ -209,3 +222,18 @@ def _emitted_findings(
     wrong = int((np.abs(exact - p[hit]) > error[hit] + P_TOLERANCE).sum())
     if wrong:
         yield "token_logp", f"contradicts topk_p at {wrong} of {int(hit.sum())} tokens"
+
+
+def _order_findings(arrays: Arrays, owner: NDArray[np.int64]) -> Iterator[tuple[str, str]]:
+    """A token keeps its most probable ids, likeliest first; its samples are no likelier."""
+    code = arrays["topk_p"].astype(np.int64)
+    rising = int(((code[1:] > code[:-1]) & (owner[1:] == owner[:-1])).sum())
+    if rising:
+        yield "topk_p", f"rises within a token {rising} times: ids must come likeliest first"
+    least = np.ones(len(arrays["kept"]))
+    np.minimum.at(least, owner, p_cell(arrays["topk_p"])[1])
+    logp = arrays["tail_logp"].astype(np.float64)
+    sampled = np.repeat(least, arrays["tail_kept"])
+    likelier = int((np.exp(logp * (1 + HALF_STEP)) > sampled + P_TOLERANCE).sum())
+    if likelier:
+        yield "tail_logp", f"holds {likelier} samples that are likelier than an id that is kept"

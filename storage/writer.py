@@ -211,6 +211,8 @@ def _write_array(group: Any, array: Array, value: NDArray[Any], layout: Layout) 
 
 def _fill(dtype: np.dtype[Any]) -> float | int:
     """A value that no sound array holds, so that a client that ignores absence shows it."""
+    if dtype == np.int8:
+        return -128  # codes reach from -127 to 127
     return math.nan if dtype.kind == "f" else int(np.iinfo(dtype).max)
 
 
@@ -241,11 +243,10 @@ def _counts(columns: Mapping[str, NDArray[Any]], records: Sequence[Record]) -> d
 def _coverage(
     columns: Mapping[str, NDArray[Any]], records: Sequence[Record], layout: Layout
 ) -> dict[str, Any]:
-    """Sums over supervised rows; a `full` cache keeps all V and leaves no tail."""
+    """Sums over supervised rows; a cache of whole laws keeps all V and leaves no tail."""
     rows = [supervised(record.turn) for record in records]
     row = np.concatenate(rows)
-    full = layout.mode == "full"
-    tail_mass = np.exp(columns["tail_logp_mass"][row].astype(np.float64)) * (not full)
+    tail_mass = np.exp(columns["tail_logp_mass"][row].astype(np.float64)) * (not layout.dense)
     tail_kept = columns["tail_kept"][row]
     domains: dict[str, dict[str, int]] = {}
     for record, own in zip(records, rows, strict=True):
@@ -254,7 +255,7 @@ def _coverage(
         counts["tokens"] += len(record.tokens)
         counts["rows"] += int(own.sum())
     return {
-        "kept": int(row.sum()) * layout.vocab_size if full else len(columns["topk_ids"]),
+        "kept": int(row.sum()) * layout.vocab_size if layout.dense else len(columns["topk_ids"]),
         "tail_kept": len(columns["tail_ids"]),
         "tail_mass": math.fsum(tail_mass),  # exactly rounded: no order of summation in the bytes
         "bucket_mass": math.fsum(tail_mass[tail_kept == 0]),

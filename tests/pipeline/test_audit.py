@@ -57,7 +57,7 @@ def records_of(target: Target, **changes: Any) -> tuple[list[Record], Layout]:
     return teacher.records(rows), layout
 
 
-def write(folder: Path, records: list[Record], layout: Layout) -> tuple[Path, Path]:
+def write(folder: Path, records: list[Record], layout: Layout, **changes: Any) -> tuple[Path, Path]:
     """A cache of these records, and the sequences they claim to be of."""
     cache, sequences = folder / "train.zarr", folder / "train.parquet"
     cache.mkdir()
@@ -66,31 +66,86 @@ def write(folder: Path, records: list[Record], layout: Layout) -> tuple[Path, Pa
         write_part(cache, number, records[a:b], layout)
         for number, (a, b) in enumerate(plan_parts(lengths, part_tokens=50))
     ]
-    params = {"min_prob": BAR.min_prob, "max_kept": BAR.max_kept}
+    params = config_of(**{"mode": layout.mode, **changes}).model_dump()
     seal(cache, layout=layout, parts=parts, source={"target": "tiny"}, params=params)
     rows = [{**row, "finished": True} for row in rows_of()]
     write_table(sequences, SEQUENCES, rows)
     return cache, sequences
 
 
-def audited(target: Target, folder: Path, records: list[Record], layout: Layout, mp: Any) -> Any:
-    cache, sequences = write(folder, records, layout)
+def audited(
+    target: Target, folder: Path, records: list[Record], layout: Layout, mp: Any, **changes: Any
+) -> Any:
+    cache, sequences = write(folder, records, layout, **changes)
     mp.setattr(audit, "resident_target", lambda *_, **__: target)
     samples = [Sample(cache, sequences, "train", index) for index in range(len(records))]
     job = Job(folder, "tiny", "cpu", CONFIG, unigrams({"train": cache}))
     return replay_unit(job, samples)
 
 
-@pytest.mark.parametrize("mode", ["topk", "full"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"keep": "fixed", "min_prob": None},
+        {"keep": "fixed", "min_prob": None, "max_kept": 99},
+        {"keep": "nucleus", "min_prob": None, "top_p": 0.7},
+        {"hidden_dtype": "int8"},
+        {"mode": "full"},
+        {"mode": "rebuild"},
+    ],
+)
 def test_a_sound_cache_passes(
-    target: Target, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+    target: Target, tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    records, layout = records_of(target, mode=mode)
-    found = audited(target, tmp_path, records, layout, monkeypatch)
+    records, layout = records_of(target, **changes)
+    mode = layout.mode
+    found = audited(target, tmp_path, records, layout, monkeypatch, **changes)
     errors = [one.errors for one in found]
     assert all(error["token_logp"] < 1e-4 for error in errors if "token_logp" in error)
     assert {"hidden", "last_hidden", "token_logp", "tv"} <= set(errors[0])
     assert ("kept_set" in errors[0]) == (mode == "topk")
+    if mode == "rebuild":
+        assert 0 < max(found["tv"] for found in errors if "tv" in found) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("changes", "surplus"),
+    [
+        ({"keep": "fixed", "min_prob": None}, {"max_kept": 12}),
+        ({"keep": "fixed", "min_prob": None}, {"max_kept": 25}),
+        ({"keep": "nucleus", "min_prob": None, "top_p": 0.7}, {"top_p": 0.6}),
+        ({"keep": "nucleus", "min_prob": None, "top_p": 0.7}, {"top_p": 0.8}),
+        ({}, {"min_prob": 2e-2}),
+        ({}, {"min_prob": 1e-3}),
+    ],
+)
+def test_ids_kept_by_another_rule_are_refused(
+    target: Target,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    surplus: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    records, layout = records_of(target, **changes)
+    stated = {**changes, **surplus}
+    with pytest.raises(CacheError, match="has a number of ids wrongly kept, left out or sampled"):
+        audited(target, tmp_path, records, layout, monkeypatch, **stated)
+
+
+def test_a_rebuilt_law_of_another_state_is_refused(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records, layout = records_of(target, mode="rebuild")
+    assert records[5].last_hidden is not None
+    errors = replay(target, records[5], hidden_layers=(0, 2), bar=BAR, rebuild=True)
+    assert errors["tv_beyond_rounding"].max() < 1e-3
+    rolled = replace(records[5], last_hidden=np.roll(records[5].last_hidden, 1, axis=0))
+    errors = replay(target, rolled, hidden_layers=(0, 2), bar=BAR, rebuild=True)
+    assert errors["tv_beyond_rounding"].max() > 0.1
+    records[5] = rolled
+    with pytest.raises(CacheError, match="has a relative error of last_hidden of"):
+        audited(target, tmp_path, records, layout, monkeypatch)
 
 
 def change(record: Record, name: str, place: int, value: Any) -> Record:

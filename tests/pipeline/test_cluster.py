@@ -18,7 +18,7 @@ import torch
 from distributed.scheduler import KilledWorker
 
 from pipeline import cluster, hosts
-from pipeline.cluster import Cluster, ClusterConfig, device, num_workers, open_cluster
+from pipeline.cluster import Cluster, ClusterConfig, Later, device, num_workers, open_cluster
 from pipeline.config import parse
 from storage.errors import ConfigError, TargetError, WorkspaceError
 from storage.workspace import Workspace, read_json, write_json
@@ -57,6 +57,29 @@ def visible_device(unit: int) -> tuple[str, int]:
 
 def fill(_: int) -> None:
     raise OSError(errno.ENOSPC, "No space left on device", "cache/part")
+
+
+def begin(unit: tuple[int, str, int]) -> int | Later[int]:
+    """A unit that is finished when so many units have begun; number 2 has nothing left to do."""
+    number, folder, awaited = unit
+    path = Path(folder) / "log"
+
+    def log(what: str) -> None:
+        with path.open("a") as file:
+            file.write(f"{what} {number} {threading.current_thread() is threading.main_thread()}\n")
+
+    def finish() -> int:
+        log("finish")
+        deadline = time.monotonic() + 60  # a worker that died before may still be starting
+        while path.read_text().count("begin") < awaited and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if number == 7:
+            raise TargetError(found="a full disk", expected="room", todo="make some")
+        log("finished")
+        return number
+
+    log("begin")
+    return number if number == 2 else Later(finish)
 
 
 def config_of(**changes: Any) -> ClusterConfig:
@@ -235,3 +258,34 @@ def test_bad_values_are_refused(key: str, value: Any) -> None:
     section = {"workers": 1, "device": "cpu", "address": None, key: value}
     with pytest.raises(ConfigError, match=f"cluster.{key} is"):
         parse("cluster", section, ClusterConfig)
+
+
+def test_a_unit_is_finished_while_the_next_one_computes(tmp_path: Path) -> None:
+    units = [(number, str(tmp_path), min(number + 2, 4)) for number in range(4)]
+    assert list(Cluster(None, threads=1).map(begin, units)) == [0, 1, 2, 3]
+    log = (tmp_path / "log").read_text().splitlines()
+    assert [line.split()[0] for line in log].count("finished") == 3
+    # computing stays in the main thread, and the next unit begins before this one is finished
+    assert all(line.endswith("True") == line.startswith("begin") for line in log)
+    assert log.index("begin 1 True") < log.index("finished 0 False")
+    # one at a time: nothing else is finishing when a unit starts to
+    held = 0
+    for line in log:
+        held += line.startswith("finish ") - line.startswith("finished ")
+        assert held <= 1
+
+
+def test_what_fails_while_finishing_reaches_the_caller(two: Cluster, tmp_path: Path) -> None:
+    for cluster_of in (Cluster(None, threads=1), two):
+        with pytest.raises(TargetError, match="a full disk; expected room; make some"):
+            list(cluster_of.map(begin, [(number, str(tmp_path), 0) for number in (6, 7, 8)]))
+
+
+def test_workers_finish_aside_too(two: Cluster, tmp_path: Path) -> None:
+    """Two workers of one thread each: no unit is finished before four have begun."""
+    units = [(number, str(tmp_path), 4) for number in range(6)]
+    assert list(two.map(begin, units)) == [0, 1, 2, 3, 4, 5]
+    log = (tmp_path / "log").read_text().splitlines()
+    begun = [number for number, line in enumerate(log) if line.startswith("begin")]
+    ended = [number for number, line in enumerate(log) if line.startswith("finished")]
+    assert begun[3] < ended[0]

@@ -1,5 +1,6 @@
 """Records to batches: what the law's numbers mean, what the order depends on, what is refused."""
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from pipeline.dataset import (
 from pipeline.draft import Needs
 from pipeline.law import DenseLaw, SparseLaw
 from pipeline.terms import terms
+from storage.codecs import encode_int8, from_bf16_bits
 from storage.errors import DraftError
 from storage.layout import Layout
 from storage.reader import Cache
@@ -87,6 +89,30 @@ def test_features_come_back_from_bf16_bits_unchanged() -> None:
     assert RECORDS[1].hidden is not None
     assert (bits == RECORDS[1].hidden).all()
     assert not made.hidden[2, 7:].any()
+
+
+def test_features_of_eight_bits_come_back_as_their_codes_say() -> None:
+    layout = replace(LAYOUT, hidden_dtype="int8")
+    plain, _ = batch()
+    records = []
+    for r in RECORDS:
+        assert r.hidden is not None
+        assert r.last_hidden is not None
+        codes = {}
+        for name, bits in (("hidden", r.hidden), ("last_hidden", r.last_hidden)):
+            code, scale = encode_int8(from_bf16_bits(bits))
+            codes |= {name: None, f"{name}_int8": code, f"{name}_scale": scale}
+        records.append(replace(r, **codes))
+    assert {"hidden_int8", "hidden_scale"} <= arrays(layout, Needs(num_layers=3))
+    assert {"last_hidden_int8", "last_hidden_scale"} <= arrays(layout, Needs(last_hidden=True))
+    made = collate(records, layout)
+    for found, exact in ((made.hidden, plain.hidden), (made.last_hidden, plain.last_hidden)):
+        assert found is not None
+        assert exact is not None
+        assert found.shape == exact.shape
+        step = exact.abs().amax(-1, keepdim=True) / 127
+        assert ((found - exact).abs() <= 0.51 * step).all()  # one group: its scale is rounded up
+        assert not found[2, 7:].any()
 
 
 def test_full_logits_give_the_dense_law_of_the_same_rows() -> None:

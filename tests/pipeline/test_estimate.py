@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import read_params
-from pipeline.estimate import HIDDEN_RATIO, Line, estimate
+from pipeline.estimate import HIDDEN_RATIO, INT8_BYTES, Line, estimate
 from storage.errors import ConfigError
 from storage.tables import SEQUENCES, write_table
 
@@ -52,3 +52,25 @@ def test_a_target_that_is_not_here_is_refused(tmp_path: Path) -> None:
     params["target"] = {"kind": "pretrained", "model": str(tmp_path / "none")}
     with pytest.raises(ConfigError, match=r"no .*config\.json; expected a local target folder"):
         estimate(params, tflops=1.0, root=tmp_path)
+
+
+def sizes_of(tmp_path: Path, **capture: object) -> dict[str, float]:
+    params = copy.deepcopy(PARAMS)
+    params["capture"] |= capture
+    lines = estimate(params, tflops=1.0, root=tmp_path)
+    return {line.what: line.value for line in lines if line.unit == "B/token"}
+
+
+def test_each_mode_and_rule_costs_what_it_stores(tmp_path: Path) -> None:
+    size = PARAMS["target"]["hidden_size"]
+    plain = sizes_of(tmp_path)
+    rebuild = sizes_of(tmp_path, mode="rebuild", hidden_dtype="int8")
+    assert not {"kept ids and probabilities", "tail samples", "full logits (bf16)"} & set(rebuild)
+    assert rebuild["last hidden"] == pytest.approx(2 * size * HIDDEN_RATIO)  # stays in bfloat16
+    assert rebuild["3 hidden layers"] == pytest.approx(3 * size * INT8_BYTES)
+    assert sizes_of(tmp_path, hidden_dtype="int8")["last hidden"] < plain["last hidden"]
+    kept = "kept ids and probabilities"
+    fixed = sizes_of(tmp_path, keep="fixed", max_kept=128)[kept]
+    assert fixed == pytest.approx(plain[kept] * 128 / 40)
+    assert plain[kept] < sizes_of(tmp_path, keep="nucleus", max_kept=1024)[kept] < fixed
+    assert sizes_of(tmp_path, keep="nucleus", max_kept=16)[kept] == pytest.approx(fixed / 8)

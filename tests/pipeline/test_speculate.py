@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.batch import Batch
 from pipeline.draft import Choose, Context, Draft, Needs, find
+from pipeline.features import stored
 from pipeline.interface import Interface, Shape
 from pipeline.speculate import Decoded, Rules, decode, sample, verify, verify_greedy
 from pipeline.target import Target, TargetSpec
@@ -342,6 +343,32 @@ def test_company_in_the_batch_changes_nothing(
     for rows in (slice(7, 8), slice(20, 33)):
         apart, _ = decode(wide_target, draft, prompts[rows], rules, uniforms_BU=uniforms[rows])
         assert apart == together[rows]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("eagle3", "hidden_dtype"), ("medusa", "last_hidden_dtype")]
+)
+def test_features_pass_through_the_dtype_of_the_cache(
+    wide_target: Target,
+    prompts: list[Tensor],
+    kind: str,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[str, bool]] = []
+
+    def spy(x: Tensor, dtype: str) -> Tensor:
+        found = stored(x, dtype)
+        seen.append((dtype, torch.equal(found, x.float())))
+        return found
+
+    monkeypatch.setattr("pipeline.speculate.stored", spy)
+    draft = make_draft(kind, wide_target)
+    run(wide_target, draft, prompts[:2], make_rules(draft, **{name: "int8"}))
+    assert set(seen) == {("int8", False)}
+    seen.clear()
+    run(wide_target, draft, prompts[:2], make_rules(draft, features="exact", **{name: "int8"}))
+    assert not seen
 
 
 def test_counts_add_up(wide_target: Target, prompts: list[Tensor]) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from pipeline.config import parse
 from pipeline.embedded import train_tokenizer
+from pipeline.interface import Head, HeadRule
 from pipeline.pin import (
     Origin,
     PretrainedConfig,
@@ -29,6 +30,7 @@ from pipeline.target import (
     Target,
     TargetSpec,
     load_target,
+    read_head,
     read_interface,
     read_spec,
     sample_digest,
@@ -235,6 +237,28 @@ def test_every_familys_head_gives_the_models_own_logits(name: str) -> None:
     plain = model.get_output_embeddings()(target.forward(tokens).last_hidden[0])
     assert torch.equal(plain, own) == (name not in RULED)
     probe(target)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["Qwen3", "Gemma2", "Granite"])
+def test_a_head_is_written_with_its_scaling_and_caps(name: str, dtype: Any, tmp_path: Path) -> None:
+    """What mode rebuild makes laws with gives the target's own logits, bit for bit."""
+    model = family(name).to(dtype)
+    target = Target(model, None, spec_of(model))
+    write_interface(tmp_path, model)
+    head = read_head(tmp_path)
+    states = target.forward(torch.arange(9)[None]).last_hidden[0]
+    assert head.weight.dtype == dtype
+    assert torch.equal(head.logits(states), target.logits(states))
+    assert (head.rule == HeadRule()) == (name not in RULED)
+    assert head.digest == Head(head.weight.clone(), head.rule).digest
+    others = [
+        Head(head.weight * 2, head.rule),
+        Head(head.weight[:-1], head.rule),
+        Head(head.weight.half(), head.rule),
+        Head(head.weight, HeadRule(caps=(7.0,))),
+    ]
+    assert len({head.digest, *(other.digest for other in others)}) == 5
 
 
 def test_a_family_with_an_unknown_rule_is_refused(tiny_model: Build) -> None:

@@ -1,10 +1,13 @@
 """What is kept of a law, against the slow obvious version."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline import topk
 from pipeline.topk import Rule, first_bad_row, sample_count, truncate
@@ -150,3 +153,93 @@ def test_the_first_row_that_is_not_finite_is_found(bad: float) -> None:
     logits[30, 0] = bad
     assert first_bad_row(logits) == 11
     assert first_bad_row(logits.bfloat16()) == 11
+
+
+def rule_of(**changes: float) -> Rule:
+    tail: dict[str, float] = {"tail_full_mass": 0.05, "tail_min_mass": 1e-4}
+    return Rule(**{"tail_samples": 8, "max_kept": 12, **tail, **changes})  # type: ignore[arg-type]
+
+
+def likeliest(logits_V: torch.Tensor) -> tuple[list[int], np.ndarray]:
+    p = torch.softmax(logits_V.double(), -1).numpy()
+    return sorted(range(len(p)), key=lambda v: (-p[v], v)), p
+
+
+def test_a_fixed_rule_keeps_as_many_ids_in_every_row() -> None:
+    logits = logits_of(9)
+    logits[3] = logits[3].round()  # many ties, at the cut too
+    kept = kept_of(logits, rule_of())
+    for r, row in enumerate(rows_of(kept)):
+        order, p = likeliest(logits[r])
+        assert row["ids"].tolist() == order[:12]
+        np.testing.assert_allclose(row["p"], p[order[:12]], rtol=2e-5)
+        rest = np.delete(p, order[:12]).sum()
+        np.testing.assert_allclose(kept.tail_logp_mass[r].exp(), rest, rtol=2e-5)
+    assert kept_of(logits, rule_of(max_kept=99)).kept.tolist() == [50] * 40
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**31), scale=st.floats(0.1, 8.0), top_p=st.floats(0.05, 0.999))
+def test_a_nucleus_is_the_shortest_run_that_holds_top_p(
+    seed: int, scale: float, top_p: float
+) -> None:
+    logits = logits_of(seed, rows=6, scale=scale)
+    for r, row in enumerate(rows_of(kept_of(logits, rule_of(top_p=top_p)))):
+        order, p = likeliest(logits[r])
+        count = len(row["ids"])
+        assert row["ids"].tolist() == order[:count]
+        assert 1 <= count <= 12
+        assert p[order[: count - 1]].sum() < top_p + 1e-5
+        assert count == 12 or p[order[:count]].sum() >= top_p - 1e-5
+
+
+@pytest.mark.parametrize("rule", [rule_of(), rule_of(top_p=0.9), RULE])
+def test_no_rule_looks_beyond_its_row(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = logits_of(11)
+    whole = vars(kept_of(logits, rule))
+    monkeypatch.setattr(topk, "CHUNK_ELEMENTS", 150)
+    for name, value in vars(kept_of(logits, rule)).items():
+        assert torch.equal(value, whole[name]), name
+
+
+@pytest.mark.parametrize("vocab_size", [151_936, 201_088])
+@pytest.mark.parametrize("rule", [rule_of(min_prob=1e-3), rule_of(), rule_of(top_p=0.9)])
+def test_ids_beyond_2_to_the_17_survive_every_rule(vocab_size: int, rule: Rule) -> None:
+    """Megatron packs 17 bits and refuses both vocabularies (reference/offline_caches.md)."""
+    logits = torch.full((2, vocab_size), -4.0)
+    ids = [vocab_size - 1, 2**17, 2**17 + 3, 5]
+    logits[0, ids] = torch.tensor([12.0, 11.5, 11.0, 10.5])
+    logits[1, 140_000:140_040] = 9.0  # more than are kept: the tail holds large ids only
+    kept = kept_of(logits, rule)
+    first, second = rows_of(kept)
+    assert first["ids"][:2].tolist() == ids[:2]
+    assert set(first["ids"][:4].tolist()) <= set(ids)
+    assert second["ids"].tolist() == list(range(140_000, 140_000 + len(second["ids"])))
+    assert (second["tail_ids"] >= 0).all()
+    assert (second["tail_ids"] < vocab_size).all()
+    assert (second["tail_ids"] >= 2**17).any()
+
+
+class Widest(TorchDispatchMode):
+    """The largest float32 or float64 tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, torch.Tensor) and x.dtype in (torch.float32, torch.float64):
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+@pytest.mark.parametrize("rule", [rule_of(min_prob=1e-3), rule_of(), rule_of(top_p=0.9)])
+def test_no_wide_tensor_grows_with_the_rows(rule: Rule) -> None:
+    """V = 262,144, bf16 logits of 12 rows: float32 exists for four of them at a time."""
+    logits = torch.zeros(12, 262_144, dtype=torch.bfloat16)
+    logits[:, :3] = 12.0
+    with Widest() as widest:
+        kept_of(logits, rule)
+    assert widest.elements == topk.CHUNK_ELEMENTS < logits.numel()

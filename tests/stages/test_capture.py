@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 import pipeline.capture
+import pipeline.cluster
 import storage.workspace
 from lkcache.repair import repair
-from pipeline.cluster import ClusterConfig, device, open_cluster
+from pipeline.cluster import ClusterConfig, Later, device, open_cluster
 from pipeline.provenance import run
 from stages import capture, generate
 from storage.errors import DataError, LkcacheError, TargetError, WorkspaceError
@@ -25,6 +26,7 @@ from storage.tables import SEQUENCES, read_table, write_table
 from storage.verify import check_cache
 from storage.workspace import file_digest, tree_digest
 from tests.disks import small_disk
+from tests.pipeline.test_capture import WHOLE
 from tests.targets import copy_project, write_params, write_project
 
 SPLITS = ("train", "heldout", "greedy")
@@ -227,8 +229,26 @@ def test_a_cache_of_other_parameters_is_moved_aside_and_taken_back(
     assert digests(here) == before
 
 
+def test_writing_aside_changes_no_byte(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = digests(here)
+    shutil.rmtree(here / "cache")
+    aside = []
+
+    def at_once(function: Any, units: Any) -> Any:
+        for unit in units:
+            value = function(unit)
+            aside.append(value)
+            yield value.finish() if isinstance(value, Later) else value
+
+    monkeypatch.setattr(pipeline.cluster, "_here", at_once)
+    capture.main()
+    assert digests(here) == before
+    assert len(aside) > 3
+    assert all(isinstance(value, Later) for value in aside)
+
+
 def test_full_mode_keeps_every_logit(here: Path) -> None:
-    write_params(here, capture={"mode": "full", "hidden_layers": [], "last_hidden": False})
+    write_params(here, capture={**WHOLE, "mode": "full", "hidden_layers": [], "last_hidden": False})
     capture.main()
     cache = Cache.open(here / "cache/train.zarr")
     record = cache.records([0])[0]

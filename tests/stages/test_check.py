@@ -52,6 +52,12 @@ def broken(path: str, value: Any) -> dict[str, Any]:
         ("capture.hidden_layers", [1], r"capture\.hidden_layers names 1 layers; expected 3"),
         ("capture.hidden_layers", [1, 2, 4], r"layer 4; expected indices from 0 to 3"),
         ("capture.last_hidden", False, r"capture\.last_hidden is false; expected true.*medusa"),
+        (
+            "capture.top_p",
+            0.9,
+            r"capture is not consistent; expected null for top_p, which mode topk",
+        ),
+        ("capture.keep", "best", r"capture\.keep is 'best'; expected .*threshold"),
         ("generate.max_new_tokens", 500, r"sequences of 564 tokens; .*context_tokens, 512"),
         ("report.baseline", "ce", r"report\.baseline is 'ce'; expected one of kl, tv"),
         ("report.gammas", [4, 9], r"report\.gammas asks for 9; expected at most evaluate\.depth"),

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from storage.codecs import bf16_bits, encode_p
+from storage.codecs import bf16_bits, encode_int8, encode_p
 from storage.layout import Layout
 from storage.record import Record, supervised
 from storage.writer import done_part, plan_parts, seal, write_part
@@ -15,6 +16,17 @@ TOPK = Layout("topk", 64, 8, (1, 2), True)
 FULL = Layout("full", 64, 8, (), False)
 SOURCE = {"target": "t" * 64, "sequences": "s" * 64}
 DOMAINS = ("code", "prose", "maths")
+
+REBUILD = Layout("rebuild", 64, 8, (1,), True)
+EIGHT = Layout("topk", 64, 200, (1, 2), True, "int8")
+
+
+def stored(name: str, value: NDArray[Any], dtype: str) -> dict[str, Any]:
+    """A feature as the arrays that hold it."""
+    if dtype == "int8":
+        code, scale = encode_int8(value.astype(np.float32))
+        return {f"{name}_int8": code, f"{name}_scale": scale}
+    return {name: bf16_bits(value.astype(np.float32))}
 
 
 def make_record(rng: np.random.Generator, *, layout: Layout, length: int, index: int) -> Record:
@@ -26,7 +38,7 @@ def make_record(rng: np.random.Generator, *, layout: Layout, length: int, index:
     kept, tail_kept = np.zeros(length, dtype=np.uint16), np.zeros(length, dtype=np.uint8)
     token_logp, tail_mass = (np.zeros(length, dtype=np.float32) for _ in range(2))
     ids, p, tail_ids, tail_logp = [[np.zeros(0)] for _ in range(4)]
-    full = layout.mode == "full"
+    full = layout.dense
     for t in np.flatnonzero(supervised(turn)):
         support = rng.choice(min(vocab, 10_000), size=min(vocab, 12), replace=False)
         law = -np.sort(-rng.dirichlet(np.full(len(support), 0.4)).clip(1e-6))
@@ -44,15 +56,15 @@ def make_record(rng: np.random.Generator, *, layout: Layout, length: int, index:
         tail_ids.append(support[drawn])
         tail_logp.append(np.log(law[drawn]))
     features: dict[str, Any] = {}
-    if full:
+    if layout.mode == "full":
         shape = (int(supervised(turn).sum()), vocab)
         features["logits"] = bf16_bits(rng.normal(size=shape).astype(np.float32))
     if layout.hidden_layers:
         hidden = rng.normal(size=(length, len(layout.hidden_layers), layout.hidden_size))
-        features["hidden"] = bf16_bits(hidden.astype(np.float32))
+        features |= stored("hidden", hidden, layout.hidden_dtype)
     if layout.last_hidden:
         last = rng.normal(size=(length, layout.hidden_size))
-        features["last_hidden"] = bf16_bits(last.astype(np.float32))
+        features |= stored("last_hidden", last, layout.last_hidden_dtype)
     return Record(
         id=f"sequence-{index}-é",
         domain=DOMAINS[index % 3],

@@ -4,7 +4,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from storage.codecs import bf16_bits, decode_p, encode_p, from_bf16_bits, p_cell, p_error
+from storage.codecs import (
+    bf16_bits,
+    decode_int8,
+    decode_p,
+    encode_int8,
+    encode_p,
+    from_bf16_bits,
+    int8_error,
+    p_cell,
+    p_error,
+)
 
 probabilities = arrays(np.float64, st.integers(0, 50), elements=st.floats(0, 1))
 floats = arrays(np.float32, 20, elements=st.floats(width=32, allow_nan=False))
@@ -55,3 +65,29 @@ def test_bfloat16_rounds_ties_to_even_and_keeps_nan_and_infinity() -> None:
     stored = from_bf16_bits(bf16_bits(value))
     np.testing.assert_array_equal(stored[:4], [1.0, 1 + 2**-6, np.inf, -np.inf])
     assert np.isnan(stored[4])
+
+
+wide = arrays(np.float32, (3, 300), elements=st.floats(-(2.0**120), 2.0**120, width=32))
+
+
+@given(wide, st.sampled_from([1.0, 2.0**-130, 1e-3]))
+def test_eight_bits_are_within_the_stated_error(value: np.ndarray, shrink: float) -> None:
+    value = (value * shrink).astype(np.float32)
+    code, scale = encode_int8(value)
+    decoded = decode_int8(code, scale)
+    assert (code.dtype, scale.dtype) == (np.int8, np.float32)
+    assert scale.shape == (3, 3)
+    assert np.abs(code.astype(int)).max() <= 127
+    assert (np.abs(decoded.astype(np.float64) - value) <= int8_error(scale, 300)).all()
+    # what any client computes from the two arrays, exactly
+    exact = code.astype(np.float64) * np.repeat(scale.astype(np.float64), 128, -1)[:, :300]
+    np.testing.assert_array_equal(decoded, exact)
+    assert not (scale.view(np.uint32) & 0xFFFF).any()  # planes that bitshuffle drops
+
+
+def test_an_outlier_coarsens_its_own_group_only() -> None:
+    value = np.linspace(-1, 1, 256, dtype=np.float32)
+    value[7] = 1000.0
+    error = np.abs(decode_int8(*encode_int8(value)) - value)
+    assert error[:128].max() > 0.5
+    assert error[128:].max() < 1 / 250

@@ -1,13 +1,25 @@
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import storage.layout
-from storage.layout import ENTRY_CHUNK, TABLE, TOKEN_CHUNK, VERSION, Layout, chunk_length
-from tests.storage.samples import FULL, TOPK
+from storage.layout import (
+    ARRAYS,
+    ENTRY_CHUNK,
+    GROUP,
+    MODES,
+    TABLE,
+    TOKEN_CHUNK,
+    VERSION,
+    Layout,
+    chunk_length,
+)
+from tests.storage.samples import EIGHT, FULL, REBUILD, TOPK
 
 FORMAT = (Path(storage.layout.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
 
@@ -24,11 +36,15 @@ def test_the_specification_states_the_version_and_the_chunks_of_the_code() -> No
     assert f"# The cache format, version {VERSION}\n" in FORMAT
     assert f"{TOKEN_CHUNK:,} tokens" in FORMAT
     assert f"{ENTRY_CHUNK:,} entries" in FORMAT
+    assert f"G = ceil(D / {GROUP})" in FORMAT
+    assert all(f"`{mode}`" in FORMAT for mode in MODES)
 
 
 def test_a_layout_survives_its_json_form() -> None:
-    for layout in (TOPK, FULL):
+    for layout in (TOPK, FULL, REBUILD, EIGHT):
         assert Layout.from_dict(layout.as_dict()) == layout
+    # caches written before there was a choice keep their bytes
+    assert "hidden_dtype" not in TOPK.as_dict()
 
 
 def test_a_layout_names_the_arrays_it_stores() -> None:
@@ -36,20 +52,27 @@ def test_a_layout_names_the_arrays_it_stores() -> None:
     assert {"hidden", "last_hidden"} <= names
     assert "logits" not in names
     assert {"logits"} == {a.name for a in FULL.arrays()} - names
+    eight = {a.name for a in EIGHT.arrays()}
+    assert names - eight == {"hidden", "last_hidden"}
+    features = ("hidden_int8", "hidden_scale", "last_hidden_int8", "last_hidden_scale")
+    assert eight - names == set(features)
+    assert [EIGHT.width(ARRAYS[name]) for name in features] == [(2, 200), (2, 2), (200,), (2,)]
+    rebuilt = replace(REBUILD, hidden_dtype="int8")  # the laws come from last_hidden: it stays
+    assert {a.name for a in rebuilt.arrays()} >= {"hidden_int8", "hidden_scale", "last_hidden"}
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("sparse", 64, 8, (), False), "mode 'sparse'; expected one of topk, full"),
+        (("sparse", 64, 8, (), False), "mode 'sparse'; expected one of topk, full, rebuild"),
         (("topk", 0, 8, (), False), "vocabulary of 0"),
         (("topk", 2**32, 8, (), False), "expected 1 to 4294967295"),
         (("topk", 64, 0, (), False), "hidden_size 0"),
+        (("topk", 64, 8, (), False, "int4"), "hidden_dtype 'int4'; expected one of bfloat16, int8"),
+        (("rebuild", 64, 8, (), False), "mode rebuild without last_hidden"),
     ],
 )
-def test_an_impossible_layout_is_refused(
-    arguments: tuple[str, int, int, tuple[int, ...], bool], sentence: str
-) -> None:
+def test_an_impossible_layout_is_refused(arguments: tuple[Any, ...], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         Layout(*arguments)
 

@@ -45,12 +45,13 @@ def cache_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=4),
     part_tokens=st.integers(10, 90),
-    mode=st.sampled_from(["topk", "full"]),
+    mode=st.sampled_from(["topk", "full", "rebuild"]),
     num_layers=st.integers(0, 2),
     last_hidden=st.booleans(),
     vocab_size=st.integers(2, 40),
+    hidden_dtype=st.sampled_from(["bfloat16", "int8"]),
 )
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_what_was_written_is_read_back(
     tmp_path_factory: pytest.TempPathFactory,
     lengths: list[int],
@@ -59,8 +60,10 @@ def test_what_was_written_is_read_back(
     num_layers: int,
     last_hidden: bool,
     vocab_size: int,
+    hidden_dtype: str,
 ) -> None:
-    layout = Layout(mode, vocab_size, 4, tuple(range(num_layers)), last_hidden)
+    last_hidden = last_hidden or mode == "rebuild"
+    layout = Layout(mode, vocab_size, 4, tuple(range(num_layers)), last_hidden, hidden_dtype)
     records = make_records(layout, lengths, seed=len(lengths))
     path = tmp_path_factory.mktemp("round") / "x.zarr"
     write_cache(path, layout, records, part_tokens=part_tokens)

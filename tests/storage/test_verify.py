@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 import storage.writer
+from storage.errors import CacheError
+from storage.layout import Layout
 from storage.record import Record, supervised
 from storage.verify import check_cache
-from tests.storage.samples import FULL, TOPK, make_records, write_cache
+from tests.storage.samples import EIGHT, FULL, REBUILD, TOPK, make_records, write_cache
 
 
 def changed(array: Any, value: object, at: int = 0) -> Any:
@@ -80,6 +82,87 @@ def test_unsound_content_is_found_where_it_is(
     assert findings[0].array == array
     assert re.search(sentence, str(findings[0]))
     assert findings[0].part == ("" if array == "id" else "part-00001")
+
+
+def risen(record: Record) -> dict[str, Any]:
+    """A token's first two entries, ids and codes, in the wrong order."""
+    code, ends = record.topk_p.astype(int), record.kept.cumsum()
+    falls = [int(e - k) for k, e in zip(record.kept, ends, strict=True) if k >= 2]
+    first = next(at for at in falls if code[at] > code[at + 1])
+    swapped = [first + 1, first]
+    both = {}
+    for name in ("topk_ids", "topk_p"):
+        array = getattr(record, name).copy()
+        array[[first, first + 1]] = array[swapped]
+        both[name] = array
+    return both
+
+
+@pytest.mark.parametrize(
+    ("damage", "array", "sentence"),
+    [
+        (risen, "topk_p", "rises within a token 1 times"),
+        (
+            lambda r: {"tail_logp": changed(r.tail_logp, np.float16(-0.01))},
+            "tail_logp",
+            "1 samples that are likelier than an id that is kept",
+        ),
+        (lambda r: {"topk_p": changed(r.topk_p, 1024)}, "topk_p", "the code 1024, largest 1023"),
+    ],
+)
+def test_kept_ids_are_the_likeliest_in_falling_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Any, array: str, sentence: str
+) -> None:
+    record = make_records(TOPK, [30], seed=3)[0]
+    token = int(np.flatnonzero(record.tail_kept)[0])
+    assert record.kept[token] > 1
+    monkeypatch.setattr(Record, "check", lambda *_: None)
+    path = write_cache(tmp_path / "c.zarr", TOPK, [replace(record, **damage(record))])
+    (finding,) = check_cache(path)
+    assert finding.array == array
+    assert sentence in str(finding)
+
+
+@pytest.mark.parametrize(
+    ("layout", "damage", "array", "sentence"),
+    [
+        (EIGHT, lambda r: {"hidden_scale": changed(r.hidden_scale, 0)}, "hidden_scale", "scale"),
+        (
+            EIGHT,
+            lambda r: {"last_hidden_scale": changed(r.last_hidden_scale, np.nan)},
+            "last_hidden_scale",
+            "holds a scale that is not positive and finite",
+        ),
+        (
+            REBUILD,
+            lambda r: {
+                "kept": changed(r.kept, 1, -2),
+                "topk_ids": np.zeros(1, np.uint32),
+                "topk_p": np.zeros(1, np.uint16),
+            },
+            "kept",
+            "counts entries in a cache of whole laws (mode rebuild)",
+        ),
+    ],
+)
+def test_each_mode_has_its_own_unsoundness(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    layout: Layout,
+    damage: Any,
+    array: str,
+    sentence: str,
+) -> None:
+    record = make_records(layout, [20], seed=4)[0]
+    assert check_cache(write_cache(tmp_path / "a.zarr", layout, [record])) == []
+    broken = replace(record, **damage(record))
+    if array != "kept":
+        with pytest.raises(CacheError, match=f"{array} is not positive and finite"):
+            broken.check(layout)
+    monkeypatch.setattr(Record, "check", lambda *_: None)
+    findings = check_cache(write_cache(tmp_path / "b.zarr", layout, [broken]))
+    assert findings[0].array == array
+    assert sentence in str(findings[0])
 
 
 def test_full_logits_need_a_row_for_every_supervised_token(

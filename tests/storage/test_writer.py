@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import storage.writer
-from storage.codecs import from_bf16_bits
+from storage.codecs import decode_int8, from_bf16_bits
 from storage.errors import CacheError
 from storage.workspace import tree_digest
 from storage.writer import done_part, plan_parts, seal, write_part
-from tests.storage.samples import FULL, SOURCE, TOPK, make_records, write_cache
+from tests.storage.samples import EIGHT, FULL, SOURCE, TOPK, make_records, write_cache
 
 LENGTHS = [30, 1, 80, 25, 60, 7, 44, 90, 3, 12]
 ROOT = Path(__file__).parents[2]
@@ -73,6 +73,19 @@ def test_stock_zarr_reads_a_cache_without_this_code(tmp_path: Path) -> None:
     assert [name for name, _ in parts[0].members()] != []  # and no foreign file to warn about
     stored = parts[0]["topk_p"].metadata.to_dict()["codecs"][0]["configuration"]
     assert [codec["name"] for codec in stored["codecs"]] == ["bytes", "blosc", "crc32c"]
+
+
+def test_stock_zarr_reads_eight_bit_states_without_this_code(tmp_path: Path) -> None:
+    record = make_records(EIGHT, [12])[0]
+    assert record.hidden_int8 is not None
+    assert record.hidden_scale is not None
+    part = zarr.open_group(write_cache(tmp_path / "c.zarr", EIGHT, [record]), mode="r")[
+        "part-00000"
+    ]
+    assert part["hidden_int8"].attrs["encoding"] == "value = code * scale of its group"
+    assert part["hidden_int8"].fill_value == -128
+    value = part["hidden_int8"][:] * np.repeat(part["hidden_scale"][:], 128, -1)[..., :200]
+    np.testing.assert_array_equal(value, decode_int8(record.hidden_int8, record.hidden_scale))
 
 
 def test_one_chunk_file_an_array(tmp_path: Path) -> None:
