@@ -135,7 +135,8 @@ SBATCH = """#!/bin/sh
 case "$1" in
 --test-only) grep -q "SBATCH -p closed" "$2" && { echo "invalid partition" >&2; exit 1; }; exit 0;;
 esac
-setsid sh "$1" > "$0.log" 2>&1 &
+cp "$1" "$0.job"
+setsid sh "$0.job" > "$0.log" 2>&1 &
 echo $! > "$0.pid"
 echo "Submitted batch job $!"
 """
