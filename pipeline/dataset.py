@@ -8,7 +8,7 @@ Dims: B sequences, T tokens (padded), R law rows, E entries, L captured layers, 
 Knows no draft: what one needs arrives as `Needs`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import count, islice
 
 import numpy as np
@@ -70,7 +70,7 @@ def training_batches(
     micro_batch_sequences: int | None = None,
     first_step: int = 0,
     rank: tuple[int, int] = (0, 1),
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The passes of steps `first_step` … `steps` − 1, epoch after epoch, each in its own order.
 
     A step reads the next `batch_sequences` sequences in passes of `micro_batch_sequences` (None:

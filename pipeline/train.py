@@ -14,7 +14,7 @@ Dims: S depths, N supervised anchors (padded over depths), V vocabulary.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
@@ -495,6 +495,14 @@ def _metrics(end: dict[str, float], last: Means, whole: Means) -> dict[str, Any]
     }
 
 
+def reading(batches: Generator[Batch, None, None], device: str) -> Generator[Batch, None, None]:
+    """Batches ahead of the step where another device computes it.
+
+    On a CPU the thread takes from the step what it saves it (benchmarks/training.md).
+    """
+    return batches if device == "cpu" else prefetched(batches)
+
+
 def fit_from_cache(
     draft: Draft,
     inputs: Inputs,
@@ -528,7 +536,7 @@ def fit_from_cache(
         device=device,
         rank=rank,
     )
-    with closing(prefetched(batches)) as stream:
+    with closing(reading(batches, device)) as stream:
         return fit(
             draft.to(ranks.device),
             stream,
