@@ -36,9 +36,9 @@ PARTS = {"lm": 2, "medusa": 2, "eagle3": 4}  # of which one is measured
 WAYS = ("memory", "cache, in the loop", "cache, ahead in a thread")
 
 NOTE = """\
-`lm` is d = 32: its step is short, and what reading costs of it, 2 to 3 ms, is half decoding, which a
-cache of up to 512 MB pays in its first epoch alone. Beside 8 to 13 other processes the clock says
-little, and CPU time is good to a few per cent."""
+`lm` is d = 32, the shortest step there is, and pays for decoding here each time, which a cache of
+up to 512 MB does in its first epoch alone. Where the load exceeds the cores the clock says little,
+and CPU time is good to a few per cent."""
 
 
 class Taken(NamedTuple):
