@@ -8,7 +8,7 @@ Dims: B sequences, T tokens (padded), R law rows, E entries, L captured layers, 
 Knows no draft: what one needs arrives as `Needs`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
 
@@ -99,7 +99,7 @@ def training_batches(
     first_step: int = 0,
     rank: tuple[int, int] = (0, 1),
     head: Head | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The passes of steps `first_step` … `steps` − 1, epoch after epoch, each in its own order.
 
     A step reads the next `batch_sequences` sequences in passes of `micro_batch_sequences` (None:

@@ -14,7 +14,7 @@ Dims: S depths, N supervised anchors (padded over depths), V vocabulary.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
@@ -540,6 +540,14 @@ def _metrics(end: dict[str, float], last: Means, whole: Means) -> dict[str, Any]
     }
 
 
+def reading(batches: Generator[Batch, None, None], device: str) -> Generator[Batch, None, None]:
+    """Batches ahead of the step where another device computes it.
+
+    On a CPU the thread takes from the step what it saves it (benchmarks/training.md).
+    """
+    return batches if device == "cpu" else prefetched(batches, depth=AHEAD)
+
+
 def fit_from_cache(
     draft: Draft,
     inputs: Inputs,
@@ -575,7 +583,7 @@ def fit_from_cache(
         rank=rank,
         head=inputs.head,
     )
-    with closing(prefetched(batches, depth=AHEAD)) as stream:
+    with closing(reading(batches, device)) as stream:
         return fit(
             draft.to(ranks.device),
             stream,

@@ -1,6 +1,7 @@
 """The loop: it learns, repeats to the bit, treats all losses alike, and stops where it must."""
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Generator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,17 @@ from pipeline.draft import Draft, Needs, find
 from pipeline.interface import Shape
 from pipeline.loss import find as find_loss
 from pipeline.optimizer import AdamW
-from pipeline.train import FitConfig, Fitted, WarmupConfig, depth_terms, evaluate, fit, write_curve
-from storage.errors import ConfigError, DraftError
+from pipeline.train import (
+    FitConfig,
+    Fitted,
+    WarmupConfig,
+    depth_terms,
+    evaluate,
+    fit,
+    reading,
+    write_curve,
+)
+from storage.errors import ConfigError, CorruptPart, DraftError
 from tests.caches import LAYOUT, D, V, record
 from tests.golden.curves import inputs_of
 
@@ -327,6 +337,23 @@ def test_collation_is_the_only_reader_of_the_law() -> None:
     blind = Batch(**{**DATA[0].__dict__, "law": None})
     with pytest.raises(AssertionError, match="training reads the law"):
         depth_terms(draft(), blind, 1)
+
+
+@pytest.mark.parametrize(("device", "ahead"), [("cpu", False), ("cuda", True)])
+def test_batches_are_made_ahead_where_another_device_computes(device: str, ahead: bool) -> None:
+    threads = set()
+
+    def made() -> Generator[Batch, None, None]:
+        for batch in DATA[:3]:
+            threads.add(threading.get_ident())
+            yield batch
+        raise CorruptPart(found="part-00000/tokens is gone", expected="a file", todo="look")
+
+    read = reading(made(), device)
+    assert [next(read).ids for _ in range(3)] == [b.ids for b in DATA[:3]]
+    with pytest.raises(CorruptPart, match=r"part-00000/tokens is gone; expected a file; look"):
+        next(read)
+    assert (threads != {threading.get_ident()}) == ahead
 
 
 def test_training_batches_come_in_the_same_order_for_every_loss(tmp_path: Path) -> None:
