@@ -25,7 +25,7 @@ from pipeline.certificate import Certificate, certify, covered, joined
 from pipeline.dataset import collate
 from pipeline.law import DenseLaw, Law
 from pipeline.target import load_target
-from pipeline.teacher import encode_full, encode_kept
+from pipeline.teacher import dense_law, encode
 from pipeline.topk import Rule, truncate
 from storage.layout import Layout
 from storage.record import Record, supervised
@@ -97,7 +97,7 @@ def stored(logits_NV: Tensor, rule: tuple[float, int] | None, draw: torch.Genera
     num, width = logits_NV.shape
     token = torch.zeros(num, dtype=torch.int64)
     if rule is None:
-        columns = encode_full(logits_NV, token)
+        law = dense_law(logits_NV, token, logits=True)
     else:
         uniform = torch.rand(num, SAMPLES, dtype=torch.float64, generator=draw)
         how = Rule(
@@ -107,7 +107,8 @@ def stored(logits_NV: Tensor, rule: tuple[float, int] | None, draw: torch.Genera
             tail_full_mass=FULL_MASS,
             tail_min_mass=MIN_MASS,
         )
-        columns = encode_kept(truncate(logits_NV, token, rule=how, uniform_NM=uniform))
+        law = vars(truncate(logits_NV, token, rule=how, uniform_NM=uniform))
+    columns = encode({name: value.numpy() for name, value in law.items()})
     columns.pop("entropy")
     for name in ("token_logp", "kept", "tail_logp_mass", "tail_kept"):
         columns[name] = np.append(columns[name], columns[name].dtype.type(0))

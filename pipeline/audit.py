@@ -83,6 +83,8 @@ class Job:
     config: VerifyConfig
     unigrams: Mapping[str, NDArray[np.float32]]
     """[V] logits of each split's unigram, a reference draft."""
+    identity: str
+    """Of caches and sequences: a worker that outlives a run must not answer from an older one."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,8 @@ def replay_unit(job: Job, unit: Sequence[Sample]) -> list[Found]:
 
 
 def _replay_one(target: Target, job: Job, sample: Sample) -> Found:
-    cache, row = _opened(sample.cache), _table(sample.sequences)[sample.index]
+    cache = _opened(sample.cache, job.identity)
+    row = _table(sample.sequences, job.identity)[sample.index]
     record = cache.records([sample.index])[0]
     where = f"{sample.split} cache, sequence {record.id!r}"
     if [record.id, record.tokens.tolist(), record.turn.tolist()] != [
@@ -451,12 +454,12 @@ def _relative(
 
 
 @lru_cache(maxsize=8)
-def _opened(path: Path) -> Cache:
+def _opened(path: Path, _identity: str) -> Cache:
     return Cache.open(path)
 
 
 @lru_cache(maxsize=8)
-def _table(path: Path) -> list[dict[str, Any]]:
+def _table(path: Path, _identity: str) -> list[dict[str, Any]]:
     return read_table(path, SEQUENCES)
 
 

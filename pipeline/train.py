@@ -594,6 +594,7 @@ def fit_from_cache(
                 needs=needs,
                 device=device,
                 rank=rank,
+                head=inputs.head,
             ),
             loss=loss,
             config=config,

@@ -38,6 +38,7 @@ def main() -> None:
             device=device(cluster),
             config=config,
             unigrams=unigrams(CACHES),
+            identity=fingerprint,
         )
         with open_cluster(cluster, threads=config.threads, units=len(units)) as opened:
             found = replay_all(units, job, opened)

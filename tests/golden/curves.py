@@ -37,6 +37,7 @@ def inputs_of(kind: str, folder: Path | None) -> Inputs:
         interface=Interface(embed, head, torch.ones(D), 1e-6) if kind != "lm" else None,
         train=cache,
         heldout=cache,
+        head=None,
         source={},
     )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from pipeline.bounds import bounds, distance, estimate_slack, kl_bounds
 from pipeline.dataset import collate
 from pipeline.law import DenseLaw, SparseLaw
-from pipeline.teacher import encode_kept
+from pipeline.teacher import encode
 from pipeline.terms import terms
 from pipeline.topk import Rule, truncate
 from storage.codecs import BFLOAT_STEP, LEVELS, bf16_bits, decode_p, encode_p, from_bf16_bits
@@ -410,7 +410,7 @@ def audit() -> tuple[Tensor, Tensor, SparseLaw]:
     draft = 0.85 * z + 0.7 * torch.randn(ROWS, WIDTH, generator=noise)
     uniform = torch.rand(ROWS, RULE.tail_samples, dtype=torch.float64, generator=noise)
     kept = truncate(z, torch.zeros(ROWS, dtype=torch.int64), rule=RULE, uniform_NM=uniform)
-    columns = encode_kept(kept)
+    columns = encode({name: value.numpy() for name, value in vars(kept).items()})
     columns.pop("entropy")
     for name in ("token_logp", "kept", "tail_logp_mass", "tail_kept"):
         columns[name] = np.append(columns[name], columns[name].dtype.type(0))

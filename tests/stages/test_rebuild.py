@@ -104,7 +104,7 @@ def test_a_rebuilt_cache_is_smaller_and_says_what_it_keeps(
         assert report["replay_max_error"]["token_logp"] < 1e-4
         assert report["replay_max_error"]["tv"] < 5e-3
     assert reports[1]["replay_max_error"]["tv_beyond_rounding"] < 1e-3
-    inspect(Path("rebuild/train.zarr"), 0)
+    inspect("rebuild/train.zarr", sequence=0)
     shown = " ".join(capsys.readouterr().out.split())
     assert "mode rebuild" in shown
     assert "made from last_hidden when read" in shown
