@@ -17,7 +17,7 @@ run: env  ## the whole pipeline on params.yaml, to report/index.html
 	@echo "report: $(CURDIR)/report/index.html"
 
 test: env  ## the whole test suite, formatter, linter, types and import contracts included
-	pytest -n 2 --dist loadgroup
+	pytest -n 2 --dist loadfile
 
 quick: env  ## every stage on the smoke preset, in quick/, within two minutes
 	rm -rf quick
@@ -30,7 +30,7 @@ check: env  ## the same checks as `make test`, cheapest first, stopping at the f
 	ruff check .
 	mypy
 	lint-imports
-	pytest -x -n 2 --dist loadgroup
+	pytest -x -n 2 --dist loadfile
 
 fix: env  ## let the formatter and the linter mend what they can
 	ruff format .
