@@ -48,7 +48,7 @@ from storage.writer import write_part
 HERE = Path(__file__).parent
 REGIMES = {"c14": 2, "c06": 1}
 """Documents of 1,024 tokens of each regime."""
-WRITTEN = [2048] * 16
+WRITTEN = [1024] * 32
 """Lengths of the sequences that are written: the documents in a circle, ids renamed each time."""
 SAMPLED = {"tail_samples": 16, "tail_full_mass": 0.05, "tail_min_mass": 1e-4}
 RULES = {
@@ -232,7 +232,7 @@ def picture(title: str, series: list[Series], *, x: str, y: str) -> str:
     """A chart of the report's kind as a file of its own, on white."""
     drawn = lines(title, series, x=x, y=y)
     colours = ("#2b2d30", "#0072b2", "#c25200", "#008460", "#b25c92", "#9a6a00", "#2b86bd")
-    style = "text{font:10px sans-serif;fill:#565b61}.title{font-weight:600}.grid{stroke:#e9e9e8}"
+    style = "text{font:10px sans-serif;fill:#565b61;stroke:none!important}.title{font-weight:600}.grid{stroke:#e9e9e8}"
     style += ".line{fill:none;stroke-width:1.6}.thin{stroke-width:1.2}"
     style += "".join(f".s{k}{{fill:{c};stroke:{c}}}" for k, c in enumerate(colours))
     names = "".join(
