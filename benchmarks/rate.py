@@ -232,7 +232,8 @@ def picture(title: str, series: list[Series], *, x: str, y: str) -> str:
     """A chart of the report's kind as a file of its own, on white."""
     drawn = lines(title, series, x=x, y=y)
     colours = ("#2b2d30", "#0072b2", "#c25200", "#008460", "#b25c92", "#9a6a00", "#2b86bd")
-    style = "text{font:10px sans-serif;fill:#565b61;stroke:none!important}.title{font-weight:600}.grid{stroke:#e9e9e8}"
+    style = "text{font:10px sans-serif;fill:#565b61;stroke:none!important}"
+    style += ".title{font-weight:600}.grid{stroke:#e9e9e8}"
     style += ".line{fill:none;stroke-width:1.6}.thin{stroke-width:1.2}"
     style += "".join(f".s{k}{{fill:{c};stroke:{c}}}" for k, c in enumerate(colours))
     names = "".join(
