@@ -28,6 +28,7 @@ from storage.codecs import BFLOAT_STEP, LEVELS, decode_p
 from storage.errors import DraftError
 from storage.layout import Layout
 from storage.manifest import check_source
+from storage.order import epoch_order
 from storage.reader import Cache
 from storage.record import Record, supervised
 
@@ -155,9 +156,8 @@ def epoch_runs(cache: Cache, seed: int) -> Iterator[NDArray[np.int64]]:
     """The order of `Cache.epoch(seed)`: the indices of one part after another, shuffled within."""
     counts = [part.counts["sequence"] for part in cache.manifest.parts]
     start = np.cumsum([0, *counts], dtype=np.int64)
-    shuffle = np.random.default_rng(seed)
-    for part in shuffle.permutation(len(counts)):
-        yield start[part] + shuffle.permutation(counts[part])
+    for part, sequences in epoch_order(counts, seed):
+        yield start[part] + sequences
 
 
 def heldout_batches(
