@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PATH := $(BIN):$(PATH)
 
-.PHONY: run test quick check env fix deps gpu-bench clean help
+.PHONY: run test quick check env fix deps gpu-bench gpu-check clean help
 
 run: env  ## the whole pipeline on params.yaml, to report/index.html
 	dvc repro
@@ -51,6 +51,9 @@ deps: env  ## write every stage's import closure into dvc.yaml
 
 gpu-bench: env  ## the terms and the fused head on this machine's GPU, to benchmarks/terms-gpu.md
 	python benchmarks/terms.py --device cuda
+
+gpu-check: env  ## every stage on this machine's GPU with an 8 B-shaped random target, to benchmarks/gpu-check.md
+	python -m benchmarks.gpu_check
 
 clean:  ## remove what stages left unfinished; outputs and DVC's cache stay
 	rm -rf .scratch quick
