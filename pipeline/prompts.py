@@ -21,7 +21,7 @@ from pydantic import Field
 from pipeline.config import Strict
 from pipeline.corpus import stdlib_documents
 from pipeline.duplicates import exact_duplicates, near_duplicates
-from pipeline.jsonl import Row, read_rows
+from pipeline.layouts import Row, read_rows
 from pipeline.seeds import rng
 from storage.errors import DataError
 
@@ -110,10 +110,10 @@ def read_source(config: PrepareConfig) -> list[Piece]:
     if isinstance(source, StdlibSource):
         found = stdlib_documents(source.max_chars, config.seed)
         return [Piece(d.id, d.domain, "", d.text) for d in found]
-    train = read_rows(Path(source.train))
+    train = read_rows(Path(source.train)).rows
     if source.heldout is None:
         return _pieces(train, "")
-    heldout = read_rows(Path(source.heldout))
+    heldout = read_rows(Path(source.heldout)).rows
     documents = [*_pieces(train, TRAIN), *_pieces(heldout, HELDOUT)]
     refuse_overlap(documents, config.near_duplicate, source=source)
     return documents

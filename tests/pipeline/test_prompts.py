@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pipeline.config import parse
 from pipeline.corpus import SHARES, split_docstrings, stdlib_documents
 from pipeline.duplicates import exact_duplicates, near_duplicates
-from pipeline.jsonl import read_rows
+from pipeline.layouts import read_rows
 from pipeline.problems import problem_set
 from pipeline.prompts import (
     Piece,
