@@ -22,7 +22,7 @@ further turns are kept in `later`.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -158,9 +158,14 @@ def read_rows(
     path: Path, layout: Layout = "auto", *, parameter: str = "prepare.source", strict: bool = False
 ) -> Rows:
     """All rows of a file; `strict` refuses what a scrape may hold, too."""
+    return parse_rows(read_lines(path, parameter=parameter), layout, strict=strict)
+
+
+def parse_rows(lines: Iterable[Line], layout: Layout, *, strict: bool = False) -> Rows:
+    """All rows, wherever they come from; ids are their own."""
     rows: dict[str, Row] = {}
     unfit: Counter[str] = Counter()
-    for line in read_lines(path, parameter=parameter):
+    for line in lines:
         if layout == "auto":
             layout = detect(line)
         try:
