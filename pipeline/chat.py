@@ -30,6 +30,7 @@ Message = Mapping[str, Any]
 DAY = datetime(2024, 7, 26, tzinfo=UTC)  # what Llama 3's template takes where no clock is given
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\s*")
+OPEN_THINK = re.compile(r"<think>\s*\Z")
 SHOWN = 60
 
 
@@ -159,7 +160,9 @@ def _reply(
             "a prompt that ends with what the reply answers",
         )
     end = len(after)
-    empty = EMPTY_THINK.match(after, len(before), end)
+    # a prompt may open the block that the reply closes at once
+    opened = OPEN_THINK.search(before)
+    empty = EMPTY_THINK.match(after, opened.start() if opened else len(before), end)
     return _Reply(after, empty.end() if empty else len(before), end, at + 1)
 
 

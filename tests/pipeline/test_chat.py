@@ -142,6 +142,16 @@ def test_an_empty_think_block_is_nobodys_writing(words: Any) -> None:
     assert replies(words, tagged) == replies(words, record)
 
 
+def test_a_block_that_the_prompt_opens_and_the_reply_closes_is_nobodys_writing(words: Any) -> None:
+    """Qwen 3.5 asks with an open block; a reply without thinking closes it at once."""
+    template = EMPTY_BLOCK.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    (record,) = spoken(words, template, TALK)
+    assert replies(words, record) == [m["content"] + END for m in TALK[1::2]]
+    thinks = template.replace("<think>\n\n</think>\n\n", "<think>\nold\n</think>\n\n")
+    (record,) = spoken(words, thinks, TALK)
+    assert replies(words, record)[0] == "old\n</think>\n\n" + TALK[1]["content"] + END
+
+
 def test_a_reply_with_thinking_of_its_own_keeps_it(words: Any) -> None:
     talk = [TALK[0], {"role": "assistant", "content": "<think>old</think>at home"}]
     (record,) = spoken(words, UNTAGGED, talk)
