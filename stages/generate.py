@@ -16,25 +16,29 @@ from pipeline.generate import (
     GenerateConfig,
     Job,
     answer,
+    conversation_rows,
     count,
     data_responses,
     encode,
     law_of,
     sequence_rows,
+    served,
     split_of,
     times,
-    told,
     with_conversations,
+    without_failures,
 )
 from pipeline.provenance import run
 from pipeline.sampling import Prompt, Response
+from pipeline.server import Journal, Reader, ServerConfig
 from pipeline.target import TargetSpec, home_of, load_tokenizer, read_spec
 from storage.tables import CONVERSATIONS, PROMPTS, SEQUENCES, read_table, write_table
-from storage.workspace import Workspace, digest, file_digest, write_json
+from storage.workspace import SCRATCH, Workspace, digest, file_digest, scratch_root, write_json
 
 PROMPTS_FILE, TARGET = Path("data/prompts.parquet"), Path("target")
 TALKS = Path("data/conversations.parquet")  # where the source has conversations
 OUT = Path("sequences")
+SERVED = "generate-server"  # what servers answered, under scratch
 METRICS, TIMINGS = Path("metrics/generate.json"), Path("timings/generate.json")
 
 
@@ -56,9 +60,10 @@ def main() -> None:
         left_out: dict[str, Counter[str]] = {split: Counter() for split in chosen}
         shared: dict[str, Any] = {"config": config, "context_tokens": spec.context_tokens}
         started = time.perf_counter()
+        told: dict[str, Any] = {}
         if config.engine == "none" and has_template(tokenizer):
             tables = {
-                split: told(
+                split: conversation_rows(
                     some, tokenizer, eos_ids=spec.eos_ids, left_out=left_out[split], **shared
                 )
                 for split, some in chosen.items()
@@ -72,7 +77,9 @@ def main() -> None:
             }
             prompts[GREEDY] = prompts[HELDOUT]
             started = time.perf_counter()
-            if config.engine == "none":
+            if isinstance(config.engine, ServerConfig):
+                prompts, responses, worked_s, told = _serve(prompts, config, spec, tokenizer)
+            elif config.engine == "none":
                 responses = data_responses(prompts, tokenizer, config=config, eos_ids=spec.eos_ids)
                 worked_s = time.perf_counter() - started
             else:
@@ -86,7 +93,7 @@ def main() -> None:
         for split, table in tables.items():
             write_table(workspace.path(OUT) / f"{split}.parquet", SEQUENCES, table)
         metrics = _with_left_out(count(tables), left_out)
-        write_json(workspace.path(METRICS), metrics)
+        write_json(workspace.path(METRICS), metrics | told)
         timings = times(metrics, wall_s=wall_s, worked_s=worked_s)
         write_json(workspace.path(TIMINGS), timings)
         workspace.publish()
@@ -100,6 +107,22 @@ def _with_left_out(metrics: dict[str, Any], left_out: dict[str, Counter[str]]) -
             reasons = ", ".join(f"{number} with {why}" for why, number in sorted(counts.items()))
             print(f"generate: {split} goes without {reasons}.", file=sys.stderr)
     return metrics
+
+
+def _serve(
+    prompts: dict[str, list[Prompt]], config: GenerateConfig, spec: TargetSpec, tokenizer: Any
+) -> tuple[dict[str, list[Prompt]], dict[str, list[Response]], float, dict[str, Any]]:
+    """Ask the server; answers outlive this run's fingerprint, so that new prompts cost alone."""
+    assert isinstance(config.engine, ServerConfig)
+    # the law and the seed are in each answer's key; where the server stands changes nothing
+    identity = digest({"target": spec.fingerprint, "protocol": config.engine.protocol})
+    reader = Reader(tokenizer, spec.vocab_size, spec.eos_ids)
+    folder = scratch_root(Path()) / SERVED / identity[:16]
+    with Journal(folder, lock=Path(SCRATCH) / f"{SERVED}.lock") as journal:
+        responses, tally = served(prompts, config=config, reader=reader, journal=journal)
+    kept, answered, failed = without_failures(prompts, responses)
+    told = {"failed": failed, "drifted": tally.drifted}
+    return kept, answered, tally.seconds, {"server": told}
 
 
 def _sample(
