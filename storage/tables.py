@@ -7,6 +7,7 @@ size, one codec.
 | --- | --- |
 | `DOCUMENTS` | a document of the source, with the split it belongs to |
 | `PROMPTS` | a prompt cut from a document of the same split, or given by the user |
+| `CONVERSATIONS` | the messages of a prompt that is a conversation |
 | `SEQUENCES` | a prompt with a response, as tokens |
 | `ROUNDS` | one prompt decoded (or replayed) by one arm at one temperature and γ |
 | `DEPTHS` | sums over one prompt's supervised anchors at one depth, by one arm and temperature |
@@ -32,6 +33,14 @@ PROMPTS = pa.schema(
         ("split", pa.string()),
         ("text", pa.string()),
         ("response", pa.string()),  # the data's own, for `generate.engine: none`; null otherwise
+    ]
+)
+CONVERSATIONS = pa.schema(
+    [
+        ("split", pa.string()),
+        ("id", pa.string()),  # of the prompt
+        ("messages", pa.string()),  # JSON: chat templates read fields that no two families share
+        ("tools", pa.string()),  # JSON: schemas of the functions that the assistant may call
     ]
 )
 SEQUENCES = pa.schema(
@@ -104,8 +113,8 @@ def write_table(path: Path, schema: pa.Schema, rows: Iterable[Mapping[str, Any]]
     pq.write_table(table, path, compression="zstd", row_group_size=65_536)
 
 
-def read_table(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
-    """Read all rows; `DataError` where the file is missing or its columns differ."""
+def open_table(path: Path, schema: pa.Schema) -> pa.Table:
+    """The columns of a table; `DataError` where the file is missing or its columns differ."""
     if not path.is_file():
         raise DataError(
             found=f"no file {path}",
@@ -119,5 +128,10 @@ def read_table(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
             expected=f"{', '.join(schema.names)} with this version's types",
             todo="run dvc repro, so that the stage writes it anew",
         )
-    rows: list[dict[str, Any]] = table.to_pylist()
+    return table
+
+
+def read_table(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
+    """Read all rows; `DataError` where the file is missing or its columns differ."""
+    rows: list[dict[str, Any]] = open_table(path, schema).to_pylist()
     return rows
