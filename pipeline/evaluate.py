@@ -1,6 +1,6 @@
 """Measure one batch of prompts: a trained draft replayed over cached rollouts, or decoded.
 
-A `Job` is a batch of prompts for one draft, temperature and instrument (`pipeline.schedule` makes
+A `Job` is a batch of prompts for one draft, setting (served law, drafts) and instrument (`pipeline.schedule` makes
 them). `run_job` opens what it needs by path, once a process, and returns plain rows, so that jobs
 run here or in workers alike. transformers is imported when a job decodes, never for a replay.
 
@@ -32,20 +32,23 @@ from pipeline.interface import Head, Shape
 from pipeline.replay import Replay, block_survival, replay, token_survival
 from pipeline.score import Rollouts, Scores, depth_sums, rollouts, score, strata
 from pipeline.seeds import uniforms
+from pipeline.setting import Setting, SomeNames
 from pipeline.target import read_interface, read_spec, resident_target
 from storage.reader import Cache
 from storage.record import Record
 
 Count = Annotated[int, Field(gt=0)]
 Rows = list[dict[str, Any]]
+GREEDY, SAMPLED = Setting(0.0), Setting(1.0)
 WARM_TOKENS = 2  # decoded before the clock starts: first calls allocate and choose kernels
 
 
 class EvaluateConfig(Strict):
     """Section `evaluate`."""
 
-    temperatures: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)]
-    """0 and 1 are replayed and decoded; any other is decoded only: no rollouts of its law exist."""
+    laws: SomeNames
+    """Served laws and how drafts are drawn (`pipeline.setting`). All are decoded; those of which
+    there are rollouts are replayed too: `T=0`, `T=1` and what `generate.laws` names."""
     depth: Count
     """Replay for every γ up to this, or up to what the draft can (MEDUSA: its heads)."""
     batch_sequences: Count
@@ -80,28 +83,32 @@ class Bench:
 
     target: Path
     caches: Mapping[str, Path]
-    """Law (`law_name`) -> cache of rollouts that are the target's own samples of it."""
+    """Law (`Setting.law`) -> cache of rollouts that are the target's own samples of it."""
     device: str
     config: EvaluateConfig
     sources: str
     """Digest of all that is read: a worker that outlives a run must not answer from an older."""
 
-    def cache(self, temperature: float) -> Cache:
-        """The rollouts of a temperature; its prompts only, where no rollouts of it exist."""
-        law = law_name(temperature) if replayable(temperature) else law_name(1)
+    def cache(self, setting: Setting) -> Cache:
+        """The rollouts of a served law; its prompts only, where no rollouts of it exist."""
+        law = setting.law if self.replayable(setting) else SAMPLED.law
         return _open(self.caches[law], self.sources)
+
+    def replayable(self, setting: Setting) -> bool:
+        """Whether there are rollouts of the setting's law."""
+        return setting.law in self.caches
 
 
 @dataclass(frozen=True)
 class Job:
-    """One batch of one draft at one temperature."""
+    """One batch of one draft under one setting."""
 
     instrument: Literal["replay", "decode", "plain"]
     draft: Path | None
     """Folder of the trained draft; None for plain decoding."""
-    temperature: float
+    setting: Setting
     rows: tuple[int, ...]
-    """Sequences of the temperature's cache."""
+    """Sequences of the law's cache."""
     decoded: frozenset[str] = frozenset()
     """Of a replay: the prompts that are decoded too."""
     traced: frozenset[str] = frozenset()
@@ -122,16 +129,6 @@ class Outcome:
     """Decoded responses that equal the cached rollout, cut to the limit."""
     traces: Rows = field(default_factory=list)
     """Of the traced prompts: what was drafted and kept, round by round, as text."""
-
-
-def law_name(temperature: float) -> str:
-    """The name of a sampling law, as `sequences/` marks it: `T=0`, `T=1`."""
-    return f"T={temperature:g}"
-
-
-def replayable(temperature: float) -> bool:
-    """Whether rollouts of this temperature's law are generated."""
-    return temperature in (0, 1)
 
 
 def split(record: Record) -> tuple[list[int], list[int]]:
@@ -190,28 +187,34 @@ def run_job(bench: Bench, job: Job) -> Outcome:
 def _replay(bench: Bench, job: Job) -> Outcome:
     """Exact expectations of a batch of rollouts, and the sums of its anchors."""
     assert job.draft is not None
-    config, cache = bench.config, bench.cache(job.temperature)
+    config, cache = bench.config, bench.cache(job.setting)
     draft, needs, deepest = _draft(bench, job.draft)
     records = cache.records(job.rows, arrays=arrays(cache.layout, needs))
     head = _head(cache.path, bench.target, bench.device, bench.sources)
     batch = collate(records, cache.layout, device=bench.device, head=head)
     depth = config.depth if deepest is None else min(config.depth, deepest)
     gamma = min(config.decode_gamma, depth)
-    scores = score(draft, batch, depth=depth, temperature=job.temperature)
+    vocab_size = cache.layout.vocab_size
+    scores = score(draft, batch, depth=depth, setting=job.setting, vocab_size=vocab_size)
     whole = rollouts(scores, batch)
     cut = rollouts(scores, batch, max_new_tokens=config.decode_new_tokens)
     token = token_survival(whole.logr)
     outcome = Outcome(depths=_depth_rows(records, scores), strata=strata(scores, batch))
     add = outcome.rounds.extend
     add(_round_rows(records, whole, replay(token, whole.remaining), instrument="replay"))
-    if job.temperature > 0:
+    if job.setting.temperature > 0:
         block = replay(block_survival(whole.logr), whole.remaining)
         add(_round_rows(records, whole, block, instrument="replay_block"))
     shown = _round_rows(records, cut, replay(token, cut.remaining), instrument="replay_decode")
     add(row for row in shown if row["prompt"] in job.decoded and row["gamma"] == gamma)
     for row in (*outcome.rounds, *outcome.depths, *outcome.strata):
-        row["temperature"] = float(job.temperature)
+        row |= _law_of(job.setting)
     return outcome
+
+
+def _law_of(setting: Setting) -> dict[str, Any]:
+    """The columns that name a setting."""
+    return {"temperature": float(setting.temperature), "law": setting.name}
 
 
 def _round_rows(
@@ -257,7 +260,7 @@ def _decode(bench: Bench, job: Job) -> Outcome:
     from pipeline.speculate import Rules, decode
     from pipeline.trace import trace_row
 
-    config, cache = bench.config, bench.cache(job.temperature)
+    config, cache = bench.config, bench.cache(job.setting)
     spec = read_spec(bench.target)
     target = resident_target(bench.target, device=bench.device, fingerprint=spec.fingerprint)
     draft, needs, gamma = None, Needs(), 0
@@ -266,7 +269,10 @@ def _decode(bench: Bench, job: Job) -> Outcome:
         gamma = config.decode_gamma if deepest is None else min(config.decode_gamma, deepest)
     rules = Rules(
         gamma=gamma,
-        temperature=job.temperature,
+        temperature=job.setting.temperature,
+        top_k=job.setting.top_k,
+        top_p=job.setting.top_p,
+        drafting=job.setting.drafts,
         max_new_tokens=config.decode_new_tokens,
         eos_ids=tuple(spec.eos_ids),
         layers=cache.layout.hidden_layers if needs.num_layers else (),
@@ -280,7 +286,7 @@ def _decode(bench: Bench, job: Job) -> Outcome:
     prompts = [torch.tensor(prompt) for prompt, _ in pieces]
     # named by prompt, not by arm: all drafts meet the same luck, which narrows their differences
     drawn = [
-        uniforms(config.seed, "decode", law_name(job.temperature), r.id, n=rules.num_uniforms)
+        uniforms(config.seed, "decode", job.setting.law, r.id, n=rules.num_uniforms)
         for r in records
     ]
     warm = replace(rules, max_new_tokens=WARM_TOKENS)
@@ -297,7 +303,9 @@ def _decode(bench: Bench, job: Job) -> Outcome:
             uniforms_BU=torch.stack([drawn[i] for i in shown]),
         )
         outcome.traces = [
-            _named(records[i]) | trace_row(row, prompts[i], rules, target.tokenizer)
+            _named(records[i])
+            | trace_row(row, prompts[i], rules, target.tokenizer)
+            | _law_of(job.setting)
             for i, row in zip(shown, traced, strict=True)
         ]
     outcome.speed = {
@@ -311,7 +319,7 @@ def _decode(bench: Bench, job: Job) -> Outcome:
         outcome.identical += row.tokens == response[: rules.max_new_tokens]
         numbers = {
             "instrument": "decode",
-            "temperature": float(job.temperature),
+            **_law_of(job.setting),
             "gamma": gamma,
             "tokens": row.num_counted,
             "rounds": float(row.rounds),

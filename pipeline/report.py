@@ -38,6 +38,7 @@ from pipeline.record_tables import (
     speedup_tables,
 )
 from pipeline.results import ALL, Results
+from pipeline.setting import Setting
 from pipeline.statistics import MIN_SEEDS, verdict
 
 Json = Mapping[str, Any]
@@ -304,7 +305,7 @@ def trace_view(traces: Mapping[str, Sequence[Json]]) -> list[dict[str, Any]]:
                 {
                     "arm": arm,
                     "temperature": row["temperature"],
-                    "law": law(row["temperature"]),
+                    "law": Setting.parse(row["law"]).words,
                     "gamma": row["gamma"],
                     "tokens": tokens,
                     "passes": passes,

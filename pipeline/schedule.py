@@ -15,10 +15,9 @@ from pipeline.evaluate import (
     EvaluateConfig,
     Job,
     draft_section,
-    law_name,
-    replayable,
     split,
 )
+from pipeline.setting import Setting
 from pipeline.target import TargetSpec, read_spec
 from storage.errors import ConfigError, DraftError, ResultError
 from storage.manifest import MANIFEST
@@ -68,8 +67,8 @@ def require_law(path: Path, cache: Cache, *, law: str) -> None:
             found=f"{path} holds sequences of {found}",
             expected=f"the pinned target's own samples at {law}, since replay is exact for no "
             "other text",
-            todo="set generate.engine: transformers and run dvc repro, or take the temperature "
-            "out of evaluate.temperatures",
+            todo="set generate.engine: transformers and run dvc repro, or take the law "
+            "out of evaluate.laws",
         )
     if not cache.num_sequences:
         raise ResultError(
@@ -96,25 +95,26 @@ def plan(bench: Bench, drafts: Sequence[Path], *, decode: bool) -> list[Job]:
     decoding could not be compared with.
     """
     config, spec = bench.config, read_spec(bench.target)
-    caches = {t: bench.cache(t) for t in config.temperatures}
-    for t in filter(replayable, caches):
-        require_law(bench.caches[law_name(t)], caches[t], law=law_name(t))
-    chosen = _choose(caches, config, spec) if decode else {}
-    jobs = [Job("plain", None, t, tuple(rows[: config.decode_batch])) for t, rows in chosen.items()]
+    caches = {s: bench.cache(s) for s in map(Setting.parse, config.laws)}
+    for setting in filter(bench.replayable, caches):
+        require_law(bench.caches[setting.law], caches[setting], law=setting.law)
+    chosen = _choose(bench, caches, spec) if decode else {}
+    served = {setting.served: rows for setting, rows in chosen.items()}
+    jobs = [Job("plain", None, s, tuple(rows[: config.decode_batch])) for s, rows in served.items()]
     for folder in drafts:
-        for t, cache in caches.items():
-            rows = chosen.get(t, [])
+        for setting, cache in caches.items():
+            rows = chosen.get(setting, [])
             decoded = frozenset(cache.ids[i] for i in rows)
             picked = balanced([cache.domains[i] for i in rows], config.trace_prompts)
             traced = frozenset(cache.ids[rows[i]] for i in picked)
-            if replayable(t):
+            if bench.replayable(setting):
                 everything = range(cache.num_sequences)
                 jobs.extend(
-                    Job("replay", folder, t, batch, decoded)
+                    Job("replay", folder, setting, batch, decoded)
                     for batch in _batches(everything, config.batch_sequences)
                 )
             jobs.extend(
-                Job("decode", folder, t, batch, traced=traced)
+                Job("decode", folder, setting, batch, traced=traced)
                 for batch in _batches(rows, config.decode_batch)
             )
     return jobs
@@ -140,26 +140,27 @@ def _check_draft(folder: Path, spec: TargetSpec, *, caches: Sequence[Cache]) -> 
 
 
 def _choose(
-    caches: dict[float, Cache], config: EvaluateConfig, spec: TargetSpec
-) -> dict[float, list[int]]:
-    """Temperature -> the sequences whose prompts are decoded: the same prompts at each."""
+    bench: Bench, caches: dict[Setting, Cache], spec: TargetSpec
+) -> dict[Setting, list[int]]:
+    """Setting -> the sequences whose prompts are decoded: the same prompts at each."""
+    config = bench.config
     first = next(iter(caches.values()))
     order = balanced(first.domains, config.decode_prompts)
     names = [first.ids[i] for i in order]
     chosen = {}
-    for t, cache in caches.items():
+    for setting, cache in caches.items():
         place = {name: index for index, name in enumerate(cache.ids)}
         lost = [name for name in names if name not in place]
         if lost:
             raise ResultError(
-                found=f"no rollout of the prompt {lost[0]} at T = {t:g}",
-                expected="rollouts of the same held-out prompts at every temperature",
+                found=f"no rollout of the prompt {lost[0]} at {setting.words}",
+                expected="rollouts of the same held-out prompts under every law",
                 todo="run dvc repro generate, and then capture",
             )
-        chosen[t] = [place[name] for name in names]
-        for record in cache.records(chosen[t], arrays={"tokens", "turn"}):
+        chosen[setting] = [place[name] for name in names]
+        for record in cache.records(chosen[setting], arrays={"tokens", "turn"}):
             _check_response(record)
-            if replayable(t):
+            if bench.replayable(setting):
                 _check_length(record, config, spec)
     return chosen
 

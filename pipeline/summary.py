@@ -6,28 +6,41 @@ Sums over prompts, then ratios: every τ and α is micro-averaged. Knows outcome
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pipeline.evaluate import Outcome, law_name
+from pipeline.evaluate import Outcome
+from pipeline.setting import Setting
 
 Row = Mapping[str, Any]
 DIGITS = 6  # of a metric: beyond them two machines differ anyway
 
 
 def summarise(rounds: Sequence[Row], depths: Sequence[Row]) -> dict[str, Any]:
-    """Temperature -> τ by instrument and γ, acceptance and α by depth."""
+    """Law -> τ by instrument and γ, acceptance and α by depth.
+
+    What greedy drafts are kept with is p(argmax q), and named so: it is not α.
+    """
     found: dict[str, Any] = {}
-    for t in sorted({row["temperature"] for row in rounds}):
-        mine = [row for row in rounds if row["temperature"] == t]
+    for setting in _settings(rounds):
+        mine = [row for row in rounds if row["law"] == setting.name]
         taus: dict[str, dict[str, float]] = {}
         for name, gamma in sorted({(row["instrument"], row["gamma"]) for row in mine}):
             chosen = [row for row in mine if (row["instrument"], row["gamma"]) == (name, gamma)]
             taus.setdefault(name, {})[str(gamma)] = ratio(chosen, "tokens", "rounds")
-        found[law_name(t)] = {"tau": taus} | _by_depth([r for r in depths if r["temperature"] == t])
+        by_depth = _by_depth([r for r in depths if r["law"] == setting.name])
+        if setting.drafts == "greedy":
+            by_depth = {k.replace("alpha", "p_argmax_q"): v for k, v in by_depth.items()}
+        found[setting.name] = {"tau": taus} | by_depth
     return found
+
+
+def _settings(rows: Iterable[Row]) -> list[Setting]:
+    """The settings that rows name, in their order."""
+    names = {row["law"] for row in rows}
+    return sorted((Setting.parse(name) for name in names), key=lambda setting: setting.order)
 
 
 def merge_strata(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """Batches' sums of one stratum -> one row each of `storage.tables.STRATA`, arm apart."""
-    names = ("temperature", "by", "lo", "hi", "depth")
+    names = ("temperature", "law", "by", "lo", "hi", "depth")
     merged: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         key = tuple(row[name] for name in names)
@@ -76,11 +89,11 @@ def speeds(name: str, outcomes: Sequence[Outcome]) -> dict[str, float]:
     """
     found: dict[str, float] = {}
     decodings = [o for o in outcomes if o.speed]
-    for t in sorted({o.rounds[0]["temperature"] for o in decodings}):
-        mine = [o for o in decodings if o.rounds[0]["temperature"] == t]
+    for setting in _settings(o.rounds[0] for o in decodings):
+        mine = [o for o in decodings if o.rounds[0]["law"] == setting.name]
         total = {what: sum(o.speed[what] for o in mine) for what in mine[0].speed}
         steps, gamma = max(total["steps"], 1), mine[0].rounds[0]["gamma"]
-        prefix = f"{name} {law_name(t)}"
+        prefix = f"{name} {setting.name}"
         found[f"{prefix} tokens_per_s"] = total["tokens"] / max(total["rounds_s"], 1e-9)
         found[f"{prefix} target_step_s"] = total["target_s"] / steps
         if gamma:

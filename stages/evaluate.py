@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.cluster import ClusterConfig, device, open_cluster
 from pipeline.config import load
-from pipeline.evaluate import EvaluateConfig, Job, Outcome, law_name, run_job
+from pipeline.evaluate import GREEDY, SAMPLED, EvaluateConfig, Job, Outcome, run_job
 from pipeline.matrix import Arm, Start, cell
 from pipeline.provenance import Progress, run
 from pipeline.schedule import open_bench, plan
@@ -17,7 +17,7 @@ from storage.tables import DEPTHS, ROUNDS, STRATA, write_table
 from storage.workspace import Workspace, digest, write_json
 
 TARGET = Path("target")
-CACHES = {law_name(1): Path("cache/heldout.zarr"), law_name(0): Path("cache/greedy.zarr")}
+CACHES = {SAMPLED.law: Path("cache/heldout.zarr"), GREEDY.law: Path("cache/greedy.zarr")}
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from pipeline.draft import find
 from pipeline.interface import Shape
 from pipeline.pin import Origin, pin
 from pipeline.seeds import uniforms
+from pipeline.setting import Setting
 from pipeline.speculate import Rules, decode
 from pipeline.target import Target, load_target, read_interface
 from pipeline.teacher import Pass
@@ -131,7 +132,7 @@ def write_params(folder: Path, **evaluate: Any) -> None:
         "decode_new_tokens": 20,
         "decode_batch": 30,
         "trace_prompts": 3,
-        "temperatures": [0, 1],
+        "laws": ["T=0", "T=1"],
     } | evaluate
     params["cluster"]["workers"] = 1
     cell = {"seed": 0, "objectives": ["kl"]}
@@ -351,7 +352,7 @@ def test_other_seeds_are_replayed_only(apart: Path, monkeypatch: pytest.MonkeyPa
 def test_a_law_without_rollouts_is_decoded_only(
     apart: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_params(apart, temperatures=[0.7], decode_prompts=6)
+    write_params(apart, laws=["T=0.7"], decode_prompts=6)
     run_stage("medusa", monkeypatch)
     rows = read_table(Path("results/medusa-0/arms/kl.rounds.parquet"), ROUNDS)
     assert {(row["instrument"], row["temperature"]) for row in rows} == {("decode", 0.7)}
@@ -366,10 +367,11 @@ def test_a_replay_never_imports_transformers() -> None:
 def test_bad_sections_are_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for bad, sentence in (
         (
-            {"temperatures": []},
-            r"evaluate.temperatures is \[\]; expected list should have at least 1",
+            {"laws": []},
+            r"evaluate.laws is \[\]; expected list should have at least 1",
         ),
-        ({"temperatures": [-1]}, "expected input should be greater than or equal to 0"),
+        ({"laws": ["T=-1"]}, r"evaluate.laws.0 is 'T=-1'; expected T=<temperature>, then top_k="),
+        ({"laws": ["T=1", "T=1.0"]}, "evaluate.laws is .*; expected each law once"),
         ({"depth": 3}, r"evaluate is not consistent; expected decode_gamma of at most depth \(3\)"),
         ({"decode_new_tokens": 1}, "evaluate.decode_new_tokens is 1; .* greater than 1"),
         ({"features": "bf16"}, "evaluate.features is 'bf16'; expected input should be 'cache'"),
@@ -489,7 +491,7 @@ def test_a_rollout_is_replayed_as_the_decoder_would_cut_it(project: Path) -> Non
         interface = read_interface(project / "target")
         draft = load_draft(project / f"drafts/{kind}-0/kl/model", interface, shape)
         with torch.no_grad():
-            scores = score(draft, batch, depth=4, temperature=1)
+            scores = score(draft, batch, depth=4, setting=Setting(1.0), vocab_size=V)
             logits = list(draft.training_logits(batch, 1 if kind == "lm" else 4))
         found = rollouts(scores, batch, max_new_tokens=9)
         assert found.remaining.tolist() == [
