@@ -1,8 +1,9 @@
 """Measure one batch of prompts: a trained draft replayed over cached rollouts, or decoded.
 
-A `Job` is a batch of prompts for one draft, setting (served law, drafts) and instrument (`pipeline.schedule` makes
-them). `run_job` opens what it needs by path, once a process, and returns plain rows, so that jobs
-run here or in workers alike. transformers is imported when a job decodes, never for a replay.
+A `Job` is a batch of prompts for one draft, setting (served law, drafts) and instrument;
+`pipeline.schedule` makes them. `run_job` opens what it needs by path, once a process, and returns
+plain rows, so that jobs run here or in workers alike. transformers is imported when a job decodes,
+never for a replay.
 
 | instrument | rows of `storage.tables.ROUNDS` |
 | --- | --- |

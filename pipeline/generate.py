@@ -13,16 +13,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.cluster import Cluster
 from pipeline.config import Strict
 from pipeline.provenance import Progress
 from pipeline.sampling import Prompt, Response, sample
 from pipeline.seeds import uniforms
+from pipeline.serve import serving_of
+from pipeline.setting import Names, Setting
 from pipeline.target import resident_target
 from storage.errors import DataError
 from storage.workspace import read_json, write_json
@@ -31,6 +33,9 @@ TRAIN, HELDOUT = "train", "heldout"
 GREEDY = "greedy"
 """The held-out prompts again, at T = 0."""
 LAWS = {TRAIN: "T=1", HELDOUT: "T=1", GREEDY: "T=0"}
+"""Of the splits that are always there. A split of `generate.laws` has its law's name."""
+SERVED = "served"
+"""The folder of those splits, in `sequences/` and in `cache/`."""
 DATA_LAW = "data"  # text that the target did not write: it trains, and is never replayed
 
 
@@ -38,11 +43,32 @@ class GenerateConfig(Strict):
     """Section `generate`."""
 
     engine: Literal["transformers", "none"]
+    laws: Names
+    """Served laws of which the held-out prompts get rollouts too, so that replay scores them."""
     max_prompt_tokens: Annotated[int, Field(ge=1)]
     max_new_tokens: Annotated[int, Field(ge=1)]
     batch_sequences: Annotated[int, Field(ge=1)]
     seed: Annotated[int, Field(ge=0)]
     threads: Annotated[int, Field(ge=1)]
+
+    @field_validator("laws")
+    @classmethod
+    def _further_laws(cls, laws: list[str]) -> list[str]:
+        for law in map(Setting.parse, laws):
+            if law.law in LAWS.values() or law.drafts != "sampled":
+                raise ValueError("laws other than T=0 and T=1, without drafts=")
+        return laws
+
+    @model_validator(mode="after")
+    def _laws_are_the_targets(self) -> Self:
+        if self.engine == "none" and self.laws:
+            raise ValueError("laws: [] where engine is none, whose text is no sample of a law")
+        return self
+
+
+def file_of(split: str) -> str:
+    """Where a split lies in `sequences/`: `heldout.parquet`, `served/T=0.7,top_p=0.9.parquet`."""
+    return f"{split}.parquet" if split in LAWS else f"{SERVED}/{split}.parquet"
 
 
 @dataclass(frozen=True)
@@ -155,6 +181,7 @@ def sample_unit(job: Job, unit: Unit) -> Answer:
         unit.prompts,
         max_new_tokens=job.max_new_tokens,
         uniform_BG=None if unit.split == GREEDY else torch.stack(draws),
+        serving=serving_of(Setting.parse(LAWS.get(unit.split, unit.split))),
     )
     seconds = time.perf_counter() - started
     rows = [[response.tokens, response.finished] for response in responses]
@@ -227,7 +254,7 @@ def answer(
 
 def law_of(split: str, engine: str) -> str:
     """The law of which a split's responses are samples."""
-    return DATA_LAW if engine == "none" else LAWS[split]
+    return DATA_LAW if engine == "none" else LAWS.get(split, split)
 
 
 def sequence_rows(

@@ -59,6 +59,15 @@ def open_bench(
     )
 
 
+def laws_with_rollouts(config: EvaluateConfig, served: Path) -> list[str]:
+    """The laws of `evaluate.laws` that `generate.laws` named too; `served` holds their sequences.
+
+    Any other that is not T = 0 or T = 1 is decoded only: no rollouts are of its law.
+    """
+    laws = dict.fromkeys(Setting.parse(name).law for name in config.laws)
+    return [law for law in laws if (served / f"{law}.parquet").is_file()]
+
+
 def require_law(path: Path, cache: Cache, *, law: str) -> None:
     """`ResultError` unless a cache holds the target's own samples of `law`: others never replay."""
     found = cache.source.get("law", "an unnamed law")

@@ -22,7 +22,8 @@ from pipeline.bounds import bounds
 from pipeline.draft import Draft
 from pipeline.law import DenseLaw, Law
 from pipeline.replay import Floats, Ints
-from pipeline.serving import Serving, serve, serve_logits
+from pipeline.serve import serve_logits, serving_of
+from pipeline.serving import serve
 from pipeline.setting import Setting
 from pipeline.terms import terms
 
@@ -113,18 +114,11 @@ def _pairs(
             else:
                 served = serve(law, serving, vocab_size=vocab_size)
                 values["alpha"] = terms(logits, served.law, d2t=d2t)[1]
-                lo, hi = served.alpha_bounds(logits, d2t=d2t)
-                values["alpha_lo"], values["alpha_hi"] = lo, hi
+                ends = served.alpha_bounds(logits, d2t=d2t)
+                values["alpha_lo"], values["alpha_hi"] = ends
         for name, value in values.items():
             found.setdefault(name, []).append(value.double())
     return {name: torch.cat(values).numpy(force=True) for name, values in found.items()}
-
-
-def serving_of(setting: Setting) -> Serving | None:
-    """How a setting changes a law at T = 1; None where it does not."""
-    if setting.served == Setting(1.0):
-        return None
-    return Serving(temperature=setting.temperature, top_k=setting.top_k, top_p=setting.top_p)
 
 
 def drafting_law(logits_NV: Tensor, setting: Setting) -> Tensor:
@@ -227,7 +221,7 @@ def strata(scores: Scores, batch: Batch) -> list[dict[str, Any]]:
 
     An anchor's kind is that of its depth 0: the place of the drafted token in its response
     (`POSITIONS`), and the entropy of the target's law at T = 1 there (`NATS`; T > 0 only, where
-    laws are stored). Joint acceptance of deeper depths is thus conditional on where the round starts.
+    laws are stored). Joint acceptance of deeper depths is thus conditional on where a round starts.
     """
     turn = batch.turn.numpy(force=True)
     start = (turn >= 0) & (turn != np.pad(turn, ((0, 0), (1, 0)), constant_values=-1)[:, :-1])

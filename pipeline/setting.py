@@ -13,8 +13,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 FORM = (
-    "T=<temperature>, then top_k=<at least 2>, top_p=<between 0 and 1>, drafts=greedy where "
-    "wanted, joined by commas; T=0 stands alone"
+    "a name of T=<temperature>, then top_k=<at least 2>, top_p=<between 0 and 1>, drafts=greedy "
+    "where wanted, joined by commas; T=0 stands alone"
 )
 
 
@@ -104,11 +104,6 @@ class Setting:
         top_k = float("inf") if self.top_k is None else float(self.top_k)
         top_p = 1.0 if self.top_p is None else self.top_p
         return (self.temperature, top_k, top_p, self.drafts == "sampled")
-
-
-def slug(law: str) -> str:
-    """A law's name as a file's: `T0.7-top_p0.9`."""
-    return law.replace("=", "").replace(",", "-")
 
 
 def _known(name: str) -> str:

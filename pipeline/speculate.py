@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pipeline.draft import Context, Draft, State
 from pipeline.features import stored
-from pipeline.serving import Serving, serve_logits
+from pipeline.serve import Serving, serve_logits
 from pipeline.session import Session, Step
 from pipeline.target import Target
 

@@ -11,12 +11,13 @@ from pipeline.config import load
 from pipeline.evaluate import GREEDY, SAMPLED, EvaluateConfig, Job, Outcome, run_job
 from pipeline.matrix import Arm, Start, cell
 from pipeline.provenance import Progress, run
-from pipeline.schedule import open_bench, plan
+from pipeline.schedule import laws_with_rollouts, open_bench, plan
 from pipeline.summary import identical, merge_strata, speeds, summarise
 from storage.tables import DEPTHS, ROUNDS, STRATA, write_table
 from storage.workspace import Workspace, digest, write_json
 
-TARGET = Path("target")
+TARGET, SEQUENCES = Path("target"), Path("sequences/served")
+SERVED = Path("cache/served")
 CACHES = {SAMPLED.law: Path("cache/heldout.zarr"), GREEDY.law: Path("cache/greedy.zarr")}
 
 
@@ -30,7 +31,8 @@ def main() -> None:
     arms = {name: arm for name, arm in every.items() if arm.start == key}
     models = {n: Path(f"drafts/{key}/{arm.objective}/model").resolve() for n, arm in arms.items()}
     drafts, decoding = list(models.values()), start.seed in config.decode_seeds
-    bench = open_bench(TARGET, CACHES, drafts, config=config, device=device(where))
+    rolled = {law: SERVED / f"{law}.zarr" for law in laws_with_rollouts(config, SEQUENCES)}
+    bench = open_bench(TARGET, CACHES | rolled, drafts, config=config, device=device(where))
     jobs = plan(bench, drafts, decode=decoding)
     if not decoding:  # a replay alone is over before workers have started
         where = where.model_copy(update={"workers": 1})

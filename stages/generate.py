@@ -15,6 +15,7 @@ from pipeline.generate import (
     count,
     data_responses,
     encode,
+    file_of,
     law_of,
     sequence_rows,
     split_of,
@@ -47,7 +48,7 @@ def main() -> None:
             split: encode(some, tokenizer, config=config, context_tokens=spec.context_tokens)
             for split, some in chosen.items()
         }
-        prompts[GREEDY] = prompts[HELDOUT]
+        prompts |= dict.fromkeys([GREEDY, *config.laws], prompts[HELDOUT])
         started = time.perf_counter()
         if config.engine == "none":
             responses = data_responses(prompts, tokenizer, config=config, eos_ids=spec.eos_ids)
@@ -61,7 +62,7 @@ def main() -> None:
             for split, some in prompts.items()
         }
         for split, table in tables.items():
-            write_table(workspace.path(OUT) / f"{split}.parquet", SEQUENCES, table)
+            write_table(workspace.path(OUT) / file_of(split), SEQUENCES, table)
         metrics = count(tables)
         write_json(workspace.path(METRICS), metrics)
         timings = times(metrics, wall_s=wall_s, worked_s=worked_s)

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.setting import Names, Setting, slug
+from pipeline.setting import Names, Setting
 
 NAMES = [
     "T=0",
@@ -24,7 +24,6 @@ def test_a_name_reads_back_to_its_setting() -> None:
     assert whole.law == "T=0.7,top_k=50,top_p=0.9"
     assert whole.served == Setting(0.7, 50, 0.9)
     assert whole.words == "T = 0.7, top-k 50, top-p 0.9, greedy drafts"
-    assert slug(whole.law) == "T0.7-top_k50-top_p0.9"
 
 
 def test_settings_rise_with_the_temperature_and_what_is_left() -> None:

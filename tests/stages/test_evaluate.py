@@ -33,6 +33,7 @@ from storage.tables import DEPTHS, ROUNDS, STRATA, read_table
 from storage.writer import seal, write_part
 
 V, NEW, NUM_PROMPTS = 64, 24, 60
+SERVED = "T=0.9,top_p=0.8"
 KINDS = {
     "lm": {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 32},
     "medusa": {"num_heads": 3, "num_layers": 1},
@@ -62,12 +63,14 @@ def write_target(folder: Path, model: Any) -> Target:
     return load_target(folder)
 
 
-def roll_out(target: Target, temperature: float, *, seed: int = 2) -> list[dict[str, Any]]:
+def roll_out(
+    target: Target, temperature: float, *, seed: int = 2, **cuts: Any
+) -> list[dict[str, Any]]:
     """The target's own responses, as the table of sequences has them."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, 9, (NUM_PROMPTS,), generator=generator).tolist()
     prompts = [torch.randint(1, V, (n,), generator=generator) for n in lengths]
-    rules = Rules(gamma=0, temperature=temperature, max_new_tokens=NEW, eos_ids=(0,))
+    rules = Rules(gamma=0, temperature=temperature, max_new_tokens=NEW, eos_ids=(0,), **cuts)
     drawn = torch.stack([uniforms(seed, i, n=rules.num_uniforms) for i in range(NUM_PROMPTS)])
     decoded, _ = decode(target, None, prompts, rules, uniforms_BU=drawn)
     return [
@@ -161,6 +164,11 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any) -> Path:
     records = write_cache(folder / "cache/train.zarr", target, learned, law="T=1")
     write_cache(folder / "cache/heldout.zarr", target, roll_out(target, 1.0), law="T=1")
     write_cache(folder / "cache/greedy.zarr", target, roll_out(target, 0.0), law="T=0")
+    served = roll_out(target, 0.9, top_p=0.8)
+    write_cache(folder / f"cache/served/{SERVED}.zarr", target, served, law=SERVED)
+    # what tells evaluate that the law was rolled out; generate writes it
+    (folder / "sequences/served").mkdir(parents=True)
+    (folder / f"sequences/served/{SERVED}.parquet").touch()
     for kind in KINDS:
         write_draft(folder / f"drafts/{kind}-0/kl/model", kind, target, records)
     write_params(folder)
@@ -359,6 +367,103 @@ def test_a_law_without_rollouts_is_decoded_only(
     assert {row["domain"] for row in rows} == {"code", "prose", "maths"}
 
 
+LAWS = [SERVED, "T=1,drafts=greedy", f"{SERVED},drafts=greedy", "T=1.2,top_k=8"]
+
+
+@pytest.fixture(scope="module")
+def served(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project, whose eagle3 was evaluated under laws that are not plain."""
+    folder = tmp_path_factory.mktemp("served")
+    shutil.copytree(project, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".scratch"))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        write_params(folder, laws=["T=1", *LAWS])
+        run_stage("eagle3", monkeypatch)
+    return folder
+
+
+def by_prompt(folder: Path, instrument: str, law: str, gamma: int = 4) -> list[dict[str, Any]]:
+    rows = read_table(folder / "results/eagle3-0/arms/kl.rounds.parquet", ROUNDS)
+    key = (instrument, law, gamma)
+    mine = [r for r in rows if (r["instrument"], r["law"], r["gamma"]) == key]
+    return sorted(mine, key=lambda r: str(r["prompt"]))
+
+
+@pytest.mark.parametrize("law", LAWS[:3])
+def test_a_served_law_is_replayed_and_decoded_alike(served: Path, law: str) -> None:
+    """τ of other samples of the same prompts, within 3.3 standard errors (1 in 1000)."""
+    tau, variance = [], 0.0
+    for name in ("replay_decode", "decode"):
+        rows = by_prompt(served, name, law)
+        assert len(rows) == 45
+        tokens, rounds = (np.array([r[c] for r in rows]) for c in ("tokens", "rounds"))
+        tau.append(tokens.sum() / rounds.sum())
+        variance += (tokens - tau[-1] * rounds).var() * len(rows) / rounds.sum() ** 2
+    assert abs(tau[1] - tau[0]) <= 3.3 * variance**0.5
+    assert tau[0] > 1.05
+    assert len(by_prompt(served, "replay_block", law)) == NUM_PROMPTS
+
+
+def test_a_law_that_was_not_rolled_out_is_decoded_only_beside_those_that_were(served: Path) -> None:
+    assert len(by_prompt(served, "decode", LAWS[3])) == 45
+    assert not by_prompt(served, "replay", LAWS[3])
+
+
+def test_three_acceptances_are_named_apart(served: Path) -> None:
+    """α, p(argmax q) with its bounds, and (at T = 0) the match: no name stands for another."""
+    metrics = json.loads((served / "results/eagle3-0/metrics.json").read_text())["kl"]
+    assert set(metrics) == {"T=1", *LAWS}
+    for law in LAWS[:3]:
+        greedy = law.endswith("drafts=greedy")
+        name, other = ("p_argmax_q", "alpha") if greedy else ("alpha", "p_argmax_q")
+        assert other not in metrics[law]
+        for depth, value in metrics[law][name].items():
+            lo, hi = metrics[law][f"{name}_lo"][depth], metrics[law][f"{name}_hi"][depth]
+            assert lo - 1e-6 <= value <= hi + 1e-6
+        # the mean over tokens that came estimates the same as the mean over whole laws
+        assert abs(metrics[law]["accept"]["0"] - metrics[law][name]["0"]) < 0.05
+    # argmax q meets the likelier tokens, a draw from q the overlap of the laws
+    assert metrics["T=1,drafts=greedy"]["p_argmax_q"]["0"] != metrics["T=1"]["alpha"]["0"]
+
+
+def test_a_greedy_draft_is_kept_where_it_is_the_token_that_came(served: Path) -> None:
+    """Given the rollout, an argmax draft is kept just where argmax q is the rollout's token."""
+    from pipeline.checkpoint import load_draft
+    from pipeline.score import score
+
+    cache = Cache.open(served / f"cache/served/{SERVED}.zarr")
+    batch = collate(cache.records(range(5)), cache.layout)
+    interface, shape = read_interface(served / "target"), Shape(vocab_size=V, hidden_size=32)
+    draft = load_draft(served / "drafts/eagle3-0/kl/model", interface, shape)
+    for name in (SERVED, "T=1"):
+        setting = Setting.parse(f"{name},drafts=greedy")
+        scores = score(draft, batch, depth=2, setting=setting, vocab_size=V)
+        with torch.no_grad():
+            logits = list(draft.training_logits(batch, 2))
+        for k in range(2):
+            pairs = batch.pairs(k)
+            assert draft.d2t is not None
+            match = draft.d2t[logits[k].argmax(-1)] == pairs.token
+            accept = np.exp(np.minimum(scores.logr[k].ravel()[pairs.anchor.numpy()], 0))
+            np.testing.assert_array_equal(accept, match.double().numpy())
+
+
+def test_rollouts_of_a_served_law_carry_its_log_probabilities(served: Path) -> None:
+    target = load_target(served / "target")
+    record = Cache.open(served / f"cache/served/{SERVED}.zarr").records([3])[0]
+    tokens = torch.from_numpy(record.tokens.astype(np.int64))
+    with torch.no_grad():
+        logits = target.logits(target.forward(tokens[None]).last_hidden[0]).double()
+    for t in np.flatnonzero((record.turn[1:] >= 0) & (record.turn[:-1] == record.turn[1:])):
+        p = torch.softmax(logits[t] / 0.9, -1)
+        falling = p.sort(descending=True)
+        size = int((falling.values.cumsum(0) < 0.8).sum()) + 1
+        inside = falling.values[:size]
+        assert int(tokens[t + 1]) in falling.indices[:size].tolist()
+        wanted = float((p[tokens[t + 1]] / inside.sum()).log())
+        assert record.token_logp[t] == pytest.approx(wanted, abs=1e-5)
+
+
 def test_a_replay_never_imports_transformers() -> None:
     code = "import sys, stages.evaluate; sys.exit('transformers' in sys.modules)"
     assert run_process([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
@@ -370,7 +475,10 @@ def test_bad_sections_are_refused(project: Path, monkeypatch: pytest.MonkeyPatch
             {"laws": []},
             r"evaluate.laws is \[\]; expected list should have at least 1",
         ),
-        ({"laws": ["T=-1"]}, r"evaluate.laws.0 is 'T=-1'; expected T=<temperature>, then top_k="),
+        (
+            {"laws": ["T=-1"]},
+            r"evaluate.laws.0 is 'T=-1'; expected a name of T=<temperature>, then",
+        ),
         ({"laws": ["T=1", "T=1.0"]}, "evaluate.laws is .*; expected each law once"),
         ({"depth": 3}, r"evaluate is not consistent; expected decode_gamma of at most depth \(3\)"),
         ({"decode_new_tokens": 1}, "evaluate.decode_new_tokens is 1; .* greater than 1"),
