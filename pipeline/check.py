@@ -5,7 +5,6 @@ holds, the stage that opens it checks.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pipeline import draft, loss
@@ -20,7 +19,8 @@ from pipeline.findings import ReportConfig
 from pipeline.generate import GenerateConfig
 from pipeline.matrix import Arm, Export, Start, check_matrix
 from pipeline.pin import TargetConfig
-from pipeline.prompts import JsonlSource, PrepareConfig
+from pipeline.prompts import SETS, PrepareConfig
+from pipeline.sources import check_source, require_file
 from pipeline.train import FitConfig, WarmupConfig
 from pipeline.warm import check_start
 from storage.errors import ConfigError
@@ -61,9 +61,9 @@ def check_params(params: Mapping[str, Any]) -> None:
         find_format(cell.kind, cell.format).require(found["drafts"][cell.draft])
     _check_target(sections)
     _check_report(sections, params)
-    source = sections["prepare"].source
-    if isinstance(source, JsonlSource):
-        _check_files(source)
+    check_source(sections["prepare"].source)
+    for path in sections["prepare"].filters.evaluation_prompts:
+        require_file(path, SETS)
 
 
 def _all_there(params: Mapping[str, Any]) -> None:
@@ -147,13 +147,3 @@ def _check_report(sections: Mapping[str, Any], params: Mapping[str, Any]) -> Non
             expected=f"at most evaluate.depth, {evaluate.depth}",
             todo="raise evaluate.depth or lower report.gammas",
         )
-
-
-def _check_files(source: JsonlSource) -> None:
-    for path in (source.train, source.heldout):
-        if path is not None and not Path(path).is_file():
-            raise ConfigError(
-                found=f"{PARAMS}: prepare.source names {path}, which is no file",
-                expected="a file of JSON lines",
-                todo="correct the path, which is relative to the project's root",
-            )

@@ -76,3 +76,29 @@ def exact_duplicates(texts: Sequence[str]) -> dict[int, int]:
     first: dict[str, int] = {}
     seen = [first.setdefault(" ".join(text.split()), index) for index, text in enumerate(texts)]
     return {index: earlier for index, earlier in enumerate(seen) if earlier != index}
+
+
+def overlaps(rows: Sequence[Sequence[str]], reference: Sequence[str], threshold: float) -> set[int]:
+    """Rows (each of one or several texts) that hold a reference text, exactly or nearly.
+
+    Nearly: at least `threshold` of the reference's shingles; so a short text within a long row is
+    found, which the Jaccard similarity of the two would miss.
+    """
+    if not reference:
+        return set()
+    sets = _shingles([*reference, *(text for row in rows for text in row)])
+    sizes = np.array([len(s) for s in sets[: len(reference)]])
+    key = np.concatenate(sets[: len(reference)])
+    owner = np.repeat(np.arange(len(reference)), sizes)
+    every = np.unique(key)
+    found, at = set(), len(reference)
+    for index, row in enumerate(rows):
+        mine = np.unique(np.concatenate(sets[at : at + len(row)]))
+        at += len(row)
+        place = np.minimum(np.searchsorted(every, mine), len(every) - 1)
+        mine = mine[every[place] == mine]
+        if len(mine):
+            shared = np.bincount(owner[np.isin(key, mine)], minlength=len(reference))
+            if np.any(shared >= threshold * sizes):
+                found.add(index)
+    return found

@@ -1,12 +1,14 @@
 """Prompt source -> documents and prompts of two splits, free of repeats."""
 
+import json
 import platform
+import sys
 from pathlib import Path
 
 from pipeline.config import load
 from pipeline.prompts import PrepareConfig, prepare
 from pipeline.provenance import run
-from storage.tables import DOCUMENTS, PROMPTS, write_table
+from storage.tables import CONVERSATIONS, DOCUMENTS, PROMPTS, write_table
 from storage.workspace import Workspace, digest, write_json
 
 OUT = Path("data")
@@ -26,10 +28,26 @@ def main() -> None:
         ):
             rows = ({key: getattr(piece, key) for key in schema.names} for piece in pieces)
             write_table(folder / name, schema, rows)
+        talks = [
+            {
+                "split": prompt.split,
+                "id": prompt.id,
+                "messages": json.dumps(prompt.messages, ensure_ascii=False),
+                "tools": json.dumps(prompt.tools, ensure_ascii=False),
+            }
+            for prompt in prepared.prompts
+            if prompt.messages
+        ]
+        if talks:
+            write_table(folder / "conversations.parquet", CONVERSATIONS, talks)
         # the embedded text is that of this Python's library
         metrics = {**prepared.metrics, "python": platform.python_version()}
         write_json(workspace.path(METRICS), metrics)
         workspace.publish()
+    dropped = {why: count for why, count in prepared.metrics.get("dropped", {}).items() if count}
+    if dropped:
+        told = ", ".join(f"{count} with {why}" for why, count in dropped.items())
+        print(f"prepare: left out {sum(dropped.values())} rows: {told}.", file=sys.stderr)
 
 
 if __name__ == "__main__":

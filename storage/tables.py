@@ -7,6 +7,7 @@ size, one codec.
 | --- | --- |
 | `DOCUMENTS` | a document of the source, with the split it belongs to |
 | `PROMPTS` | a prompt cut from a document of the same split, or given by the user |
+| `CONVERSATIONS` | the messages of a prompt that is a conversation |
 | `SEQUENCES` | a prompt with a response, as tokens |
 | `ROUNDS` | one prompt decoded (or replayed) by one arm under one law and γ |
 | `DEPTHS` | sums over one prompt's supervised anchors at one depth, by one arm and law |
@@ -32,6 +33,14 @@ PROMPTS = pa.schema(
         ("split", pa.string()),
         ("text", pa.string()),
         ("response", pa.string()),  # the data's own, for `generate.engine: none`; null otherwise
+    ]
+)
+CONVERSATIONS = pa.schema(
+    [
+        ("split", pa.string()),
+        ("id", pa.string()),  # of the prompt
+        ("messages", pa.string()),  # JSON: chat templates read fields that no two families share
+        ("tools", pa.string()),  # JSON: schemas of the functions that the assistant may call
     ]
 )
 SEQUENCES = pa.schema(

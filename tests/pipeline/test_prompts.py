@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pipeline.config import parse
 from pipeline.corpus import SHARES, split_docstrings, stdlib_documents
 from pipeline.duplicates import exact_duplicates, near_duplicates
-from pipeline.jsonl import read_rows
+from pipeline.layouts import read_rows
 from pipeline.problems import problem_set
 from pipeline.prompts import (
     Piece,
@@ -33,6 +33,13 @@ from storage.errors import ConfigError, DataError
 
 STDLIB: dict[str, Any] = {
     "source": {"kind": "stdlib", "max_chars": 400_000},
+    "filters": {
+        "min_chars": None,
+        "max_chars": None,
+        "max_turns": None,
+        "languages": None,
+        "evaluation_prompts": [],
+    },
     "seed": 0,
     "heldout_fraction": 0.2,
     "near_duplicate": 0.5,
@@ -282,7 +289,8 @@ def test_a_heldout_row_that_repeats_a_training_row_is_refused(lines: Any) -> Non
         train = lines({"text": text}, {"text": text_of(40, 1)})
         held = lines({"text": again, "id": "h"}, name="held.jsonl")
         with pytest.raises(
-            DataError, match=r"1 of .*held\.jsonl repeat .*row 'h' is row 'train-1'"
+            DataError,
+            match=r"1 held-out rows of .* repeat training rows \(row 'h' is row 'train-1'",
         ):
             prepare(jsonl(train, held))
 
@@ -299,7 +307,7 @@ def test_too_few_places_for_prompts_are_refused(lines: Any) -> None:
     ("over", "sentence"),
     [
         ({"source": {"kind": "stdlib", "max_chars": 1}}, r"prepare\.source\.max_chars is 1; expec"),
-        ({"source": {"kind": "web"}}, r"prepare\.source is .*'stdlib', 'jsonl'"),
+        ({"source": {"kind": "web"}}, r"prepare\.source is .*'stdlib', 'jsonl', 'hub', 'mix'"),
         ({"heldout_fraction": 1.0}, r"prepare\.heldout_fraction is 1\.0; expected .* less than 1"),
         ({"near_duplicate": 0.0}, r"prepare\.near_duplicate is 0\.0; expected .* greater than 0"),
         ({"train_prompts": 0}, r"prepare\.train_prompts is 0; expected .* 1"),

@@ -14,6 +14,13 @@ from storage.workspace import tree_digest
 
 SECTION: dict[str, Any] = {
     "source": {"kind": "stdlib", "max_chars": 60_000},
+    "filters": {
+        "min_chars": None,
+        "max_chars": None,
+        "max_turns": None,
+        "languages": None,
+        "evaluation_prompts": [],
+    },
     "seed": 0,
     "heldout_fraction": 0.3,
     "near_duplicate": 0.5,
