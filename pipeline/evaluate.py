@@ -11,6 +11,7 @@ never for a replay.
 | `replay_block` | the same under block verification; T > 0 only, it is no different at T = 0 |
 | `replay_decode` | the decoded prompts' rollouts, cut to the decoder's length limit, at its γ |
 | `decode` | those prompts decoded for real |
+| `decode:<set>` | the prompts of a set decoded (`evaluate.prompt_sets`); nothing to replay |
 
 `replay_decode` and `decode` are what predicted against measured compares. At T = 0 on a CPU in
 float32 they are equal prompt by prompt while `features: cache` holds.
@@ -30,7 +31,9 @@ from pipeline.config import Strict, parse
 from pipeline.dataset import arrays, collate, head_for
 from pipeline.draft import Draft, Needs, find
 from pipeline.interface import Head, Shape
+from pipeline.prompt_sets import DECODE_SET, PromptSets
 from pipeline.replay import Replay, block_survival, replay, token_survival
+from pipeline.sampling import Prompt
 from pipeline.score import Rollouts, Scores, depth_sums, rollouts, score, strata
 from pipeline.seeds import uniforms
 from pipeline.setting import Setting, SomeNames
@@ -65,6 +68,8 @@ class EvaluateConfig(Strict):
     """Decoded prompts of which the report shows every round, spread over the domains."""
     features: Literal["cache", "exact"]
     """Whether decoding passes hidden states through the cache's dtype."""
+    prompt_sets: PromptSets
+    """Prompts of one's own to decode beside the held-out ones, under every law; by name."""
     seed: int
     threads: Count
 
@@ -114,6 +119,9 @@ class Job:
     """Of a replay: the prompts that are decoded too."""
     traced: frozenset[str] = frozenset()
     """Of a decoding: the prompts of which every round is kept."""
+    prompt_set: str = ""
+    """The set that `prompts` are of; empty for held-out prompts, which `rows` name."""
+    prompts: tuple[Prompt, ...] = ()
 
 
 @dataclass
@@ -126,8 +134,12 @@ class Outcome:
     """Of a replay: sums over its anchors by place and by entropy."""
     speed: dict[str, float] = field(default_factory=dict)
     """Of a decoding: tokens, steps, seconds; measured, so never part of a result."""
+    prompt_set: str = ""
+    """Of a decoding: the job's."""
     identical: int = 0
     """Decoded responses that equal the cached rollout, cut to the limit."""
+    texts: dict[str, list[int]] = field(default_factory=dict)
+    """Of a set decoded at T = 0: each prompt's response, which plain decoding must give too."""
     traces: Rows = field(default_factory=list)
     """Of the traced prompts: what was drafted and kept, round by round, as text."""
 
@@ -226,10 +238,11 @@ def _round_rows(
     for b, record in enumerate(records):
         mine = found.row == b
         tokens = int(found.remaining[mine].sum())
-        columns = (exact.rounds, exact.drafted, exact.accepted)
-        rounds, drafted, accepted = (column[mine].sum(0).tolist() for column in columns)
+        columns = (exact.rounds, exact.drafted, exact.accepted, exact.kept)
+        rounds, drafted, accepted, kept = (column[mine].sum(0).tolist() for column in columns)
         for g in range(len(rounds)):
             counts = {"rounds": rounds[g], "drafted": drafted[g], "accepted": accepted[g]}
+            counts["kept"] = kept[g][: g + 1]
             rows.append(
                 _named(record)
                 | {"instrument": instrument, "gamma": g + 1, "tokens": tokens}
@@ -252,8 +265,8 @@ def _depth_rows(records: Sequence[Record], scores: Scores) -> Rows:
 _SUMS = ("alpha", "alpha_lo", "alpha_hi", "accept", "survive")
 
 
-def _named(record: Record) -> dict[str, Any]:
-    return {"prompt": record.id, "domain": record.domain}
+def _named(asked: Record | Prompt) -> dict[str, Any]:
+    return {"prompt": asked.id, "domain": asked.domain}
 
 
 def _decode(bench: Bench, job: Job) -> Outcome:
@@ -282,20 +295,20 @@ def _decode(bench: Bench, job: Job) -> Outcome:
         hidden_dtype=cache.layout.hidden_dtype,
         last_hidden_dtype=cache.layout.last_hidden_dtype,
     )
-    records = cache.records(job.rows, arrays={"tokens", "turn"})
-    pieces = [split(record) for record in records]
-    prompts = [torch.tensor(prompt) for prompt, _ in pieces]
+    pairs = [(prompt, None) for prompt in job.prompts] or _heldout(cache, job.rows)
+    asked = [prompt for prompt, _ in pairs]
+    prompts = [torch.tensor(prompt.tokens) for prompt in asked]
     # named by prompt, not by arm: all drafts meet the same luck, which narrows their differences
     drawn = [
-        uniforms(config.seed, "decode", job.setting.law, r.id, n=rules.num_uniforms)
-        for r in records
+        uniforms(config.seed, "decode", job.setting.law, prompt.id, n=rules.num_uniforms)
+        for prompt in asked
     ]
     warm = replace(rules, max_new_tokens=WARM_TOKENS)
     first = drawn[0][None, : warm.num_uniforms]
     decode(target, draft, prompts[:1], warm, uniforms_BU=first)
     decoded, timing = decode(target, draft, prompts, rules, uniforms_BU=torch.stack(drawn))
-    outcome = Outcome()
-    if shown := [i for i, record in enumerate(records) if record.id in job.traced]:
+    outcome = Outcome(prompt_set=job.prompt_set)
+    if shown := [i for i, prompt in enumerate(asked) if prompt.id in job.traced]:
         traced, _ = decode(
             target,
             draft,
@@ -304,7 +317,7 @@ def _decode(bench: Bench, job: Job) -> Outcome:
             uniforms_BU=torch.stack([drawn[i] for i in shown]),
         )
         outcome.traces = [
-            _named(records[i])
+            _named(asked[i])
             | trace_row(row, prompts[i], rules, target.tokenizer)
             | _law_of(job.setting)
             for i, row in zip(shown, traced, strict=True)
@@ -316,16 +329,29 @@ def _decode(bench: Bench, job: Job) -> Outcome:
         "target_s": timing.target_s,
         "rounds_s": timing.rounds_s,
     }
-    for record, (_, response), row in zip(records, pieces, decoded, strict=True):
-        outcome.identical += row.tokens == response[: rules.max_new_tokens]
+    if job.prompt_set and job.setting == GREEDY:
+        outcome.texts = {p.id: row.tokens for p, row in zip(asked, decoded, strict=True)}
+    for (prompt, response), row in zip(pairs, decoded, strict=True):
+        if response is not None:
+            outcome.identical += row.tokens == response[: rules.max_new_tokens]
         numbers = {
-            "instrument": "decode",
+            "instrument": f"{DECODE_SET}{job.prompt_set}" if job.prompt_set else "decode",
             **_law_of(job.setting),
             "gamma": gamma,
             "tokens": row.num_counted,
             "rounds": float(row.rounds),
             "drafted": float(row.drafted),
             "accepted": float(row.accepted),
+            "kept": [float(kept) for kept in row.kept],
         }
-        outcome.rounds.append(_named(record) | numbers)
+        outcome.rounds.append(_named(prompt) | numbers)
     return outcome
+
+
+def _heldout(cache: Cache, rows: Sequence[int]) -> list[tuple[Prompt, list[int] | None]]:
+    """The prompts of cached sequences, each with its rollout."""
+    found: list[tuple[Prompt, list[int] | None]] = []
+    for record in cache.records(rows, arrays={"tokens", "turn"}):
+        prompt, response = split(record)
+        found.append((Prompt(record.id, record.domain, tuple(prompt)), response))
+    return found

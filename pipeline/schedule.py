@@ -7,23 +7,29 @@ how many workers share the jobs.
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
+from typing import Literal, TypeVar
 
 from pipeline.checkpoint import read_config
 from pipeline.dataset import head_for, require
 from pipeline.evaluate import (
+    GREEDY,
     Bench,
     EvaluateConfig,
     Job,
     draft_section,
     split,
 )
+from pipeline.prompt_sets import digests, encode_set, read_set, require_room
+from pipeline.sampling import Prompt
 from pipeline.setting import Setting
-from pipeline.target import TargetSpec, read_spec
+from pipeline.target import TargetSpec, home_of, load_tokenizer, read_spec
 from storage.errors import ConfigError, DraftError, ResultError
 from storage.manifest import MANIFEST
 from storage.reader import Cache
 from storage.record import Record
 from storage.workspace import digest, file_digest, tree_digest
+
+T = TypeVar("T")
 
 
 def open_bench(
@@ -54,6 +60,7 @@ def open_bench(
                 "target": spec.fingerprint,
                 "drafts": [tree_digest(path) for path in drafts],
                 "caches": [file_digest(path / MANIFEST) for path in caches.values()],
+                "sets": digests(config.prompt_sets),
             }
         ),
     )
@@ -108,8 +115,10 @@ def plan(bench: Bench, drafts: Sequence[Path], *, decode: bool) -> list[Job]:
     for setting in filter(bench.replayable, caches):
         require_law(bench.caches[setting.law], caches[setting], law=setting.law)
     chosen = _choose(bench, caches, spec) if decode else {}
+    sets = _read_sets(bench, spec) if decode else {}
     served = {setting.served: rows for setting, rows in chosen.items()}
     jobs = [Job("plain", None, s, tuple(rows[: config.decode_batch])) for s, rows in served.items()]
+    jobs += _plain_sets(sets, list(served), config)
     for folder in drafts:
         for setting, cache in caches.items():
             rows = chosen.get(setting, [])
@@ -126,10 +135,65 @@ def plan(bench: Bench, drafts: Sequence[Path], *, decode: bool) -> list[Job]:
                 Job("decode", folder, setting, batch, traced=traced)
                 for batch in _batches(rows, config.decode_batch)
             )
+            jobs.extend(
+                _set_job("decode", folder, setting, name, batch)
+                for name, prompts in sets.items()
+                for batch in _batches(prompts, config.decode_batch)
+            )
     return jobs
 
 
-def _batches(rows: Sequence[int], size: int) -> Iterator[tuple[int, ...]]:
+def _read_sets(bench: Bench, spec: TargetSpec) -> dict[str, list[Prompt]]:
+    """The prompts of every set, as ids that fit into the target's context."""
+    config = bench.config
+    if not config.prompt_sets:
+        return {}
+    home = home_of(spec, bench.target)
+    tokenizer = load_tokenizer(home, trust_remote_code=spec.trust_remote_code)
+    found = {}
+    for name, given in config.prompt_sets.items():
+        prompts = read_set(name, given)
+        order = balanced([p.category for p in prompts], given.max_prompts or len(prompts))
+        found[name] = encode_set(
+            name,
+            [prompts[i] for i in order],
+            tokenizer,
+            new_tokens=room(config),
+            context_tokens=spec.context_tokens,
+        )
+    return found
+
+
+def room(config: EvaluateConfig) -> int:
+    """Tokens that a response and the drafts of its last round may take after a prompt."""
+    return config.decode_new_tokens + config.decode_gamma - 1
+
+
+def _plain_sets(
+    sets: Mapping[str, list[Prompt]], settings: Sequence[Setting], config: EvaluateConfig
+) -> list[Job]:
+    """Plain decoding of one batch of each set for its speed; of all at T = 0, to compare texts."""
+    return [
+        _set_job("plain", None, setting, name, batch)
+        for setting in settings
+        for name, prompts in sets.items()
+        for batch in list(_batches(prompts, config.decode_batch))[
+            : None if setting == GREEDY else 1
+        ]
+    ]
+
+
+def _set_job(
+    instrument: Literal["decode", "plain"],
+    draft: Path | None,
+    setting: Setting,
+    name: str,
+    prompts: tuple[Prompt, ...],
+) -> Job:
+    return Job(instrument, draft, setting, (), prompt_set=name, prompts=prompts)
+
+
+def _batches(rows: Sequence[T], size: int) -> Iterator[tuple[T, ...]]:
     for start in range(0, len(rows), size):
         yield tuple(rows[start : start + size])
 
@@ -169,6 +233,9 @@ def _choose(
         chosen[setting] = [place[name] for name in names]
         for record in cache.records(chosen[setting], arrays={"tokens", "turn"}):
             _check_response(record)
+            length = len(split(record)[0])
+            space = {"new_tokens": room(config), "context_tokens": spec.context_tokens}
+            require_room(record.id, length, **space)
             if bench.replayable(setting):
                 _check_length(record, config, spec)
     return chosen

@@ -49,10 +49,12 @@ def main() -> None:
                 done.append((job, result))
                 line.add()
         metrics: dict[str, Any] = {}
-        seconds = speeds("plain", [found for job, found in done if job.draft is None])
+        plain = [found for job, found in done if job.draft is None]
+        seconds = speeds("plain", plain)
         for name, arm in arms.items():
             mine = [(job, found) for job, found in done if job.draft == models[name]]
             metrics[arm.objective] = _write_arm(workspace.path(tables), name, arm, mine)
+            metrics[arm.objective] |= identical([found for _, found in mine], plain)
             seconds |= speeds(arm.objective, [found for _, found in mine])
         write_json(workspace.path(metrics_file), metrics)
         write_json(workspace.path(times), seconds | {"seconds": perf_counter() - started})
@@ -70,7 +72,7 @@ def _write_arm(folder: Path, key: str, arm: Arm, done: list[tuple[Job, Outcome]]
     write_table(folder / f"{arm.objective}.strata.parquet", STRATA, [named | r for r in strata])
     traces = [row for _, found in done for row in found.traces]
     write_json(folder / f"{arm.objective}.traces.json", {"arm": key, "traces": traces})
-    return summarise(rounds, depths) | identical([found for _, found in done])
+    return summarise(rounds, depths)
 
 
 if __name__ == "__main__":

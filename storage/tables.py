@@ -64,7 +64,7 @@ ARM = [
 ROUNDS = pa.schema(
     [
         *ARM,
-        ("instrument", pa.string()),  # "replay" (exact expectation) or "decode" (sampled)
+        ("instrument", pa.string()),  # "replay", … (exact expectations), "decode", "decode:<set>"
         ("temperature", pa.float64()),
         (
             "law",
@@ -77,6 +77,7 @@ ROUNDS = pa.schema(
         ("rounds", pa.float64()),  # target passes after the prefill; an expectation in replay
         ("drafted", pa.float64()),
         ("accepted", pa.float64()),
+        ("kept", pa.list_(pa.float64())),  # [gamma] rounds whose draft of depth k was emitted
     ]
 )
 DEPTHS = pa.schema(

@@ -26,7 +26,7 @@ from pipeline.speculate import Rules, decode
 from pipeline.target import Target, load_target, read_interface
 from pipeline.teacher import Pass
 from stages import evaluate
-from storage.errors import ConfigError, DraftError, FingerprintMismatch, ResultError
+from storage.errors import ConfigError, DataError, DraftError, FingerprintMismatch, ResultError
 from storage.reader import Cache
 from storage.record import Record
 from storage.tables import DEPTHS, ROUNDS, STRATA, read_table
@@ -54,9 +54,11 @@ PARAMS = read_params(ROOT / "params.yaml")
 def write_target(folder: Path, model: Any) -> Target:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(V)}, unk_token="w1"))
+    words.pre_tokenizer = WhitespaceSplit()
     model.save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0").save_pretrained(folder)
     pin(folder, folder, origin=Origin("embedded", "."))
@@ -462,6 +464,138 @@ def test_rollouts_of_a_served_law_carry_its_log_probabilities(served: Path) -> N
         assert int(tokens[t + 1]) in falling.indices[:size].tolist()
         wanted = float((p[tokens[t + 1]] / inside.sum()).log())
         assert record.token_logp[t] == pytest.approx(wanted, abs=1e-5)
+
+
+def write_sets(folder: Path) -> dict[str, Any]:
+    """A file in MT-Bench's layout and one of one's own; returns the parameter."""
+    turns = [["w3 w4 w5", "w9"], ["w7"], ["w8 w2 w2 w6"], ["w11 w12"], ["w13"]]
+    questions = [
+        {"question_id": 81 + i, "category": ("writing", "math")[i % 2], "turns": given}
+        for i, given in enumerate(turns)
+    ]
+    own = [{"prompt": f"w{i} w{i + 1}", "id": f"own-{i}", "domain": "shop"} for i in range(5, 9)]
+    for name, rows in (("question", questions), ("own", own)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {
+        "mt_bench": {"path": "question.jsonl", "layout": "mt_bench", "max_prompts": 4},
+        "own": {"path": "own.jsonl", "layout": "plain", "max_prompts": None},
+    }
+
+
+def test_prompt_sets_are_decoded_beside_the_heldout_prompts(
+    apart: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = write_sets(apart)
+    write_params(apart, prompt_sets=sets, decode_batch=3, decode_prompts=6, trace_prompts=0)
+    run_stage("lm", monkeypatch)
+    rows = read_table(Path("results/lm-0/arms/kl.rounds.parquet"), ROUNDS)
+    for law in ("T=0", "T=1"):
+        mt, own = (
+            {r["prompt"]: r for r in rows if (r["instrument"], r["law"]) == (f"decode:{name}", law)}
+            for name in sets
+        )
+        # four of five, the categories in turn
+        assert sorted(mt) == [f"mt_bench/{n}" for n in (81, 82, 83, 84)]
+        assert {r["domain"] for r in mt.values()} == {"writing", "math"}
+        assert sorted(own) == [f"own/own-{i}" for i in range(5, 9)]
+        assert {r["domain"] for r in own.values()} == {"shop"}
+    assert sum(r["instrument"] == "decode" for r in rows) == 12
+    metrics = json.loads(Path("results/lm-0/metrics.json").read_text())["kl"]
+    for name in ("greedy_identical", "greedy_identical mt_bench", "greedy_identical own"):
+        assert metrics[name] == 1
+    assert metrics["T=1"]["tau"]["decode:mt_bench"]["4"] > 1
+    times = json.loads(Path("timings/evaluate-lm-0.json").read_text())
+    assert times["plain T=0 on own tokens_per_s"] > 0
+    assert times["kl T=1 on mt_bench tokens_per_s"] > 0
+
+
+def test_a_set_is_decoded_as_its_prompts_say(apart: Path) -> None:
+    """The first turn's ids, through the target: the text of plain greedy decoding."""
+    from pipeline.evaluate import EvaluateConfig, run_job
+    from pipeline.schedule import open_bench, plan
+
+    write_params(apart, prompt_sets=write_sets(apart), laws=["T=0"])
+    config = EvaluateConfig(**read_params()["evaluate"])
+    bench = open_bench(evaluate.TARGET, evaluate.CACHES, [], config=config, device="cpu")
+    jobs = [job for job in plan(bench, [], decode=True) if job.prompt_set == "mt_bench"]
+    texts = {name: text for job in jobs for name, text in run_job(bench, job).texts.items()}
+    target = load_target(apart / "target")
+    for name, ids in (("mt_bench/81", [3, 4, 5]), ("mt_bench/82", [7])):
+        for token in texts[name]:
+            with torch.no_grad():
+                logits = target.logits(target.forward(torch.tensor([ids])).last_hidden[0, -1:])
+            assert token == int(logits.argmax())
+            ids = [*ids, token]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", r"set.jsonl is empty; expected at least one row; correct evaluate.prompt_sets.mine"),
+        (
+            json.dumps({"prompt": "w3 " * 240, "id": "long"}),
+            (
+                r"prompt 'mine/long' of 240 tokens, and up to 23 of a response and its last "
+                "round; expected at most the target's context of 256 tokens together"
+            ),
+        ),
+        (
+            json.dumps({"messages": [{"role": r, "content": "w3"} for r in ("system", "user")]}),
+            (
+                r"prompt 'mine/.*' of 2 messages \(system, user\); expected one user turn, since "
+                "the target has no chat template"
+            ),
+        ),
+        ('{"prompt": 7}', r"set.jsonl, line 1 has prompt 7; expected text that is not blank"),
+        (None, r"no file set.jsonl; expected the prompts that evaluate.prompt_sets.mine names"),
+    ],
+    ids=["empty", "long", "no template", "bad line", "no file"],
+)
+def test_prompts_that_cannot_be_decoded_are_refused_before_a_model_loads(
+    apart: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, sentence: str
+) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("pipeline.evaluate.resident_target", load)
+    if text is not None:
+        Path("set.jsonl").write_text(text)
+    mine = {"path": "set.jsonl", "layout": "auto", "max_prompts": None}
+    write_params(apart, prompt_sets={"mine": mine})
+    with pytest.raises(DataError, match=sentence):
+        run_stage("lm", monkeypatch)
+
+
+def test_heldout_prompts_without_room_in_the_context_are_refused(
+    project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    target = load_target(project / "target")
+    tokens = torch.randint(1, V, (254,), generator=torch.Generator().manual_seed(0)).tolist()
+    row = {"domain": "code", "tokens": tokens, "turn": [-1] * 240 + [0] * 14}
+    rows = [row | {"id": name} for name in ("p0", "p1")]
+    write_cache(tmp_path / "long.zarr", target, rows, law="T=1")
+    monkeypatch.setitem(evaluate.CACHES, "T=1", tmp_path / "long.zarr")
+    write_params(project, laws=["T=1"])
+    with pytest.raises(DataError, match="prompt 'p0' of 240 tokens, and up to 23 of a response"):
+        run_stage("lm", monkeypatch)
+
+
+def test_joint_and_conditional_acceptance_are_counted_by_round(scored: Path) -> None:
+    """At T = 0 the same of replay and decoding, prompt by prompt, and summed in the metrics."""
+    predicted, measured = (rounds_of("eagle3", name, 0.0) for name in ("replay_decode", "decode"))
+    for prompt, row in measured.items():
+        assert row["kept"] == pytest.approx(predicted[prompt]["kept"], abs=1e-9)
+        assert sum(row["kept"]) == row["accepted"]
+    metrics = json.loads(Path("results/eagle3-0/metrics.json").read_text())["kl"]["T=0"]["kept"]
+    assert metrics["decode"] == metrics["replay_decode"]
+    joint, conditional = metrics["decode"]["joint"], metrics["decode"]["conditional"]
+    rounds = sum(row["rounds"] for row in measured.values())
+    product = 1.0
+    for k in range(4):
+        share = sum(row["kept"][k] for row in measured.values()) / rounds
+        assert joint[str(k)] == pytest.approx(share, abs=1e-6)
+        product *= conditional[str(k)]
+        assert product == pytest.approx(share, abs=1e-5)
 
 
 def test_a_replay_never_imports_transformers() -> None:
