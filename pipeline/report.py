@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.beside import served_tables, set_tables
 from pipeline.charts import swatch
 from pipeline.exhibits import (
     Curves,
@@ -108,6 +109,8 @@ def _tables(
         "blocks": _block_tables(found),
         "alpha": [alpha_table(found)],
         "predicted": [predicted_table(found)],
+        "served": served_tables(results, config),
+        "prompt_sets": set_tables(results, config),
         "cache": rate_tables(records.cache),
         "coverage": coverage_tables(records.cache),
         "position": [strata_table(found, "position")],
