@@ -110,17 +110,13 @@ def _rows(
     """One row a draft and objective: τ, and the difference to the baseline of its draft."""
     if not cells:
         return []
-    given = {
-        "confidence": config.confidence,
-        "resamples": config.resamples,
-        "seed": config.seed,
-    }
+    seed, resamples, confidence = config.seed, config.resamples, config.confidence
     pooled = results.panel(list(cells.values()), domain=domain)
     num_prompts = int((pooled.rounds.sum(axis=0) > 0).sum())
     several = num_prompts >= MIN_PROMPTS
     taus: Sequence[Cell]
     if several:
-        taus = tau(pooled, **given)
+        taus = tau(pooled, confidence=confidence, resamples=resamples, seed=seed)
     else:
         taus = [
             float(t / r) for t, r in zip(pooled.tokens.sum(1), pooled.rounds.sum(1), strict=True)
@@ -135,22 +131,23 @@ def _rows(
         }
         for ((draft, objective), keys), value in zip(cells.items(), taus, strict=True)
     ]
-    seeds = {arm.key: arm.seed for arm in results.arms}
+    seed_of = {arm.key: arm.seed for arm in results.arms}
     columns: list[Key] = []
     pairs, of = [], []
     for place, ((draft, objective), keys) in enumerate(cells.items()):
-        base = {seeds[key.arm]: key for key in cells.get((draft, config.baseline), ())}
-        mine = [key for key in keys if seeds[key.arm] in base]
+        base = {seed_of[key.arm]: key for key in cells.get((draft, config.baseline), ())}
+        mine = [key for key in keys if seed_of[key.arm] in base]
         if objective == config.baseline or not mine or not several:
             continue
         start = len(columns)
-        columns += [*mine, *(base[seeds[key.arm]] for key in mine)]
+        columns += [*mine, *(base[seed_of[key.arm]] for key in mine)]
         middle = start + len(mine)
         pairs.append(Pair(tuple(range(start, middle)), tuple(range(middle, len(columns)))))
         of.append(place)
     if pairs:
         panel = results.panel([[key] for key in columns], domain=domain)
-        for place, found in zip(of, compare(panel, pairs, **given), strict=True):
+        differences = compare(panel, pairs, confidence=confidence, resamples=resamples, seed=seed)
+        for place, found in zip(of, differences, strict=True):
             rows[place]["difference_percent"] = 100 * found.these_seeds.estimate
             for name, interval in zip(_NAMES, (found.these_seeds, found.over_seeds), strict=True):
                 rows[place][name] = None if interval is None else _percent(interval)

@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from pipeline.cluster import Cluster
 from pipeline.config import Strict
 from pipeline.provenance import Progress
 from pipeline.sampling import Prompt, Response, sample
-from pipeline.seeds import uniforms
+from pipeline.seeds import rng, uniforms
 from pipeline.serve import serving_of
+from pipeline.server import Ask, Journal, Reader, ServerConfig, Tally, ask
 from pipeline.setting import Names, Setting
 from pipeline.target import resident_target
 from storage.errors import DataError
@@ -39,10 +40,29 @@ SERVED = "served"
 DATA_LAW = "data"  # text that the target did not write: it trains, and is never replayed
 
 
+def _kind(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "name"
+    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+    return "server" if kind == "server" else None
+
+
+Engine = Annotated[
+    Annotated[Literal["transformers", "none"], Tag("name")]
+    | Annotated[ServerConfig, Tag("server")],
+    Discriminator(
+        _kind,
+        custom_error_type="engine",
+        custom_error_message="Input should be transformers, none, or a mapping of kind server",
+    ),
+]
+
+
 class GenerateConfig(Strict):
     """Section `generate`."""
 
-    engine: Literal["transformers", "none"]
+    engine: Engine
+    """`none`: the data's own responses."""
     laws: Names
     """Served laws of which the held-out prompts get rollouts too, so that replay scores them."""
     max_prompt_tokens: Annotated[int, Field(ge=1)]
@@ -63,6 +83,11 @@ class GenerateConfig(Strict):
     def _laws_are_the_targets(self) -> Self:
         if self.engine == "none" and self.laws:
             raise ValueError("laws: [] where engine is none, whose text is no sample of a law")
+        if isinstance(self.engine, ServerConfig) and self.laws:
+            if self.engine.protocol == "text":
+                raise ValueError("laws: [] with protocol text, whose tokens are not for certain")
+            if any(Setting.parse(law).top_k for law in self.laws):
+                raise ValueError("laws without top_k=, which no server is asked for")
         return self
 
 
@@ -252,8 +277,71 @@ def answer(
     return responses, seconds
 
 
-def law_of(split: str, engine: str) -> str:
-    """The law of which a split's responses are samples."""
+def served(
+    prompts: Mapping[str, Sequence[Prompt]],
+    *,
+    config: GenerateConfig,
+    reader: Reader,
+    journal: Journal,
+) -> tuple[dict[str, list[Response | None]], Tally]:
+    """A server's responses by split, None where it gave none; see `pipeline.server.ask`."""
+    assert isinstance(config.engine, ServerConfig)
+    asks = [_ask(split, prompt, config) for split, some in prompts.items() for prompt in some]
+    answers, tally = ask(asks, server=config.engine, reader=reader, journal=journal)
+    left = iter(answers)
+    return {split: [next(left) for _ in some] for split, some in prompts.items()}, tally
+
+
+def _ask(split: str, prompt: Prompt, config: GenerateConfig) -> Ask:
+    """The request of one prompt; its seed is the prompt's own, whatever stands beside it."""
+    assert isinstance(config.engine, ServerConfig)
+    if split == TRAIN:
+        temperature, top_p = config.engine.temperature, config.engine.top_p
+    else:
+        setting = Setting.parse(LAWS.get(split, split))
+        temperature, top_p = setting.temperature, setting.top_p or 1.0
+    seed = int(rng(config.seed, "serve", *prompt.tokens).integers(2**31))
+    return Ask(prompt, temperature, top_p, seed, config.max_new_tokens)
+
+
+def without_failures(
+    prompts: Mapping[str, Sequence[Prompt]], responses: Mapping[str, Sequence[Response | None]]
+) -> tuple[dict[str, list[Prompt]], dict[str, list[Response]], dict[str, list[str]]]:
+    """What was answered, and ids of prompts left out, by split.
+
+    A held-out prompt stays only where it has all its responses: the laws are compared by prompt.
+    `DataError` where a split has none left.
+    """
+    failed = {
+        split: {p.id for p, r in zip(prompts[split], some, strict=True) if r is None}
+        for split, some in responses.items()
+    }
+    paired = set().union(*(ids for split, ids in failed.items() if split != TRAIN))
+    failed = {split: ids if split == TRAIN else paired for split, ids in failed.items()}
+    kept: dict[str, list[Prompt]] = {}
+    answered: dict[str, list[Response]] = {}
+    for split, some in responses.items():
+        pairs = [
+            (p, r)
+            for p, r in zip(prompts[split], some, strict=True)
+            if r is not None and p.id not in failed[split]
+        ]
+        if not pairs:
+            raise DataError(
+                found=f"no prompt of the split {split!r} was answered",
+                expected="at least one",
+                todo="see to the server, lower generate.engine.max_failures, and run dvc repro",
+            )
+        kept[split], answered[split] = [p for p, _ in pairs], [r for _, r in pairs]
+    return kept, answered, {split: sorted(ids) for split, ids in failed.items()}
+
+
+def law_of(split: str, engine: str | ServerConfig) -> str:
+    """The law of which a split's responses are samples, as the target's own ids."""
+    if isinstance(engine, ServerConfig):
+        if engine.protocol == "text":
+            return DATA_LAW  # encoded again: not for certain the tokens that were drawn
+        return engine.law if split == TRAIN else LAWS.get(split, split)
     return DATA_LAW if engine == "none" else LAWS.get(split, split)
 
 

@@ -19,6 +19,7 @@ from pipeline.cluster import ClusterConfig, device, open_cluster
 from pipeline.config import load
 from pipeline.provenance import run
 from pipeline.target import home_of, read_head, read_spec
+from pipeline.teacher import served_law
 from storage.tables import SEQUENCES, read_table
 from storage.workspace import Workspace, file_digest, write_json
 
@@ -80,7 +81,7 @@ def main() -> None:
                     "sequences": digests[split],
                     "split": split,
                     "law": laws[split],
-                    **({"token_law": laws[split]} if split in served else {}),
+                    **({"token_law": laws[split]} if served_law(laws[split]) else {}),
                     "capture": fingerprint,
                     **head,
                 },

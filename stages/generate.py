@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 from pipeline.cluster import ClusterConfig, device, open_cluster
 from pipeline.config import load
@@ -18,17 +19,21 @@ from pipeline.generate import (
     file_of,
     law_of,
     sequence_rows,
+    served,
     split_of,
     times,
+    without_failures,
 )
 from pipeline.provenance import run
 from pipeline.sampling import Prompt, Response
+from pipeline.server import Journal, Reader, ServerConfig
 from pipeline.target import TargetSpec, home_of, load_tokenizer, read_spec
 from storage.tables import PROMPTS, SEQUENCES, read_table, write_table
-from storage.workspace import Workspace, digest, file_digest, write_json
+from storage.workspace import SCRATCH, Workspace, digest, file_digest, scratch_root, write_json
 
 PROMPTS_FILE, TARGET = Path("data/prompts.parquet"), Path("target")
 OUT = Path("sequences")
+SERVED = "generate-server"  # what servers answered, under scratch
 METRICS, TIMINGS = Path("metrics/generate.json"), Path("timings/generate.json")
 
 
@@ -50,7 +55,10 @@ def main() -> None:
         }
         prompts |= dict.fromkeys([GREEDY, *config.laws], prompts[HELDOUT])
         started = time.perf_counter()
-        if config.engine == "none":
+        told: dict[str, Any] = {}
+        if isinstance(config.engine, ServerConfig):
+            prompts, responses, worked_s, told = _serve(prompts, config, spec, tokenizer)
+        elif config.engine == "none":
             responses = data_responses(prompts, tokenizer, config=config, eos_ids=spec.eos_ids)
             worked_s = time.perf_counter() - started
         else:
@@ -64,10 +72,26 @@ def main() -> None:
         for split, table in tables.items():
             write_table(workspace.path(OUT) / file_of(split), SEQUENCES, table)
         metrics = count(tables)
-        write_json(workspace.path(METRICS), metrics)
+        write_json(workspace.path(METRICS), metrics | told)
         timings = times(metrics, wall_s=wall_s, worked_s=worked_s)
         write_json(workspace.path(TIMINGS), timings)
         workspace.publish()
+
+
+def _serve(
+    prompts: dict[str, list[Prompt]], config: GenerateConfig, spec: TargetSpec, tokenizer: Any
+) -> tuple[dict[str, list[Prompt]], dict[str, list[Response]], float, dict[str, Any]]:
+    """Ask the server; answers outlive this run's fingerprint, so that new prompts cost alone."""
+    assert isinstance(config.engine, ServerConfig)
+    # the law and the seed are in each answer's key; where the server stands changes nothing
+    identity = digest({"target": spec.fingerprint, "protocol": config.engine.protocol})
+    reader = Reader(tokenizer, spec.vocab_size, spec.eos_ids)
+    folder = scratch_root(Path()) / SERVED / identity[:16]
+    with Journal(folder, lock=Path(SCRATCH) / f"{SERVED}.lock") as journal:
+        responses, tally = served(prompts, config=config, reader=reader, journal=journal)
+    kept, answered, failed = without_failures(prompts, responses)
+    told = {"failed": failed, "drifted": tally.drifted}
+    return kept, answered, tally.seconds, {"server": told}
 
 
 def _sample(
