@@ -27,6 +27,7 @@ VERBS = {
     "inspect": "Where a cache comes from, what it holds, and the text with its alternatives.",
     "matrix": "Write the cells of params.yaml from lists of drafts, seeds and losses.",
     "repair": "Drop a cache's bad parts, so that capture computes only them again.",
+    "show": "Samples of the training text, what is supervised in colour.",
     "use": "Write params.yaml from a preset and say what changed.",
     "verify": "Re-hash every file of a cache and check its structure.",
 }

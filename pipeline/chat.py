@@ -4,11 +4,11 @@
     records = speak(tokenizer, messages, tools=tools, eos_ids=eos_ids, name=id)
 
 `speak` finds each reply by incremental rendering: what the template adds between the prompt of
-reply i (with its generation prompt) and the conversation up to reply i. Within that, a template with
-`{% generation %}` tags says itself which tokens the assistant wrote; without them all of it counts,
-up to and with the last end-of-sequence token. An empty think block that the template puts before a
-reply is nobody's writing. Whatever does not add up is refused: a template that changes earlier text
-as the conversation grows gives wrong tokens at every later position.
+reply i (with its generation prompt) and the conversation up to reply i. Within that, a template
+with `{% generation %}` tags says itself which tokens the assistant wrote; without them all of it
+counts, up to and with the last end-of-sequence token. An empty think block that the template puts
+before a reply is nobody's writing. Whatever does not add up is refused: a template that changes
+earlier text as the conversation grows gives wrong tokens at every later position.
 
 A template that writes an earlier reply otherwise once more follows (without its thinking) gives one
 record a reply, each with the text that the target would see when it writes that one.
@@ -18,6 +18,7 @@ tokenizer comes in as an object; neither torch nor transformers is imported here
 """
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,6 +30,7 @@ Message = Mapping[str, Any]
 DAY = datetime(2024, 7, 26, tzinfo=UTC)  # what Llama 3's template takes where no clock is given
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\s*")
+OPEN_THINK = re.compile(r"<think>\s*\Z")
 SHOWN = 60
 
 
@@ -73,7 +75,7 @@ def speak(
     eos_ids: Sequence[int],
     name: str,
 ) -> list[Spoken]:
-    """One record of the whole conversation, or one a reply where the template rewrites earlier ones.
+    """One record of the whole conversation; one a reply where the template rewrites earlier ones.
 
     Messages after the last reply are left out. `DataError` names the conversation and what the
     template does; a conversation without a reply is the caller's to refuse.
@@ -136,11 +138,13 @@ def _reply(
     tokenizer: Any, messages: Sequence[Message], at: int, *, tools: Sequence[Any], name: str
 ) -> _Reply:
     """Where the message `at` stands in the rendering that ends with it."""
+    if at == 0:
+        raise _refusal(name, "is asked for a reply to nothing", "a reply after a user's turn")
     before = render(tokenizer, messages[:at], tools=tools, name=name, ask=True)
     after = render(tokenizer, messages[: at + 1], tools=tools, name=name)
     if not after.startswith(before):
-        place = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), 0)
-        place = place or min(len(before), len(after))
+        shared = min(len(before), len(after))
+        place = next((i for i in range(shared) if before[i] != after[i]), shared)
         raise _refusal(
             name,
             f"changes its text before message {at} once that reply stands: "
@@ -148,8 +152,17 @@ def _reply(
             "the prompt of a reply to stay as the target saw it (thinking that is dropped from the "
             "reply, or a text that depends on what follows, breaks it)",
         )
+    said = str(messages[at - 1]["content"]).strip()
+    if not before or (messages[at - 1]["role"] == "user" and said not in before):
+        raise _refusal(
+            name,
+            f"does not write message {at - 1} before it asks for the reply",
+            "a prompt that ends with what the reply answers",
+        )
     end = len(after)
-    empty = EMPTY_THINK.match(after, len(before), end)
+    # a prompt may open the block that the reply closes at once
+    opened = OPEN_THINK.search(before)
+    empty = EMPTY_THINK.match(after, opened.start() if opened else len(before), end)
     return _Reply(after, empty.end() if empty else len(before), end, at + 1)
 
 
@@ -165,7 +178,8 @@ def _record(
     encoded = _encoded(tokenizer, text)
     tokens, ends = list(encoded["input_ids"]), _ends(encoded["offset_mapping"])
     tagged = None
-    if GENERATION.search(_template(tokenizer, tools)):
+    # of several templates by name, one is for tools
+    if GENERATION.search(str(tokenizer.get_chat_template(tools=list(tools) or None))):
         tagged = _tagged(tokenizer, messages, tools, name, tokens)
     turn = [-1] * len(tokens)
     number = 0
@@ -173,24 +187,15 @@ def _record(
         first = _boundary(tokenizer, text, tokens, ends, reply.start)
         last = _last(text, tokens, ends, reply, eos_ids)
         mine = [k for k in range(first, last) if tagged is None or tagged[k]]
-        if tagged is not None and mine and mine[-1] + 1 < last and tokens[last - 1] in eos_ids:
-            mine += range(mine[-1] + 1, last) if last - mine[-1] == 2 else []
-        for k, before in zip(mine, [first - 1, *mine], strict=False):
-            number += k != before + 1 and k != mine[0]  # a hole: the tags left something out
-            turn[k] = number
+        if mine and mine[-1] == last - 2 and tokens[last - 1] in eos_ids:
+            mine.append(last - 1)  # tags may end before it, but the target writes it
+        before = mine[0] - 1 if mine else 0
+        for k in mine:
+            number += k != before + 1  # the tags left something out within the reply
+            turn[k], before = number, k
         number += bool(mine)
     _require_both(turn, name)
     return Spoken(tokens, turn)
-
-
-def _template(tokenizer: Any, tools: Sequence[Any]) -> str:
-    """The template's source: a tokenizer may have several by name, one of them for tools."""
-    found = tokenizer.chat_template
-    return (
-        str(tokenizer.get_chat_template(None, list(tools) or None))
-        if isinstance(found, dict)
-        else str(found)
-    )
 
 
 def _encoded(tokenizer: Any, text: str) -> Any:
@@ -260,7 +265,7 @@ def _boundary(
     A token across the boundary belongs to the prompt. Some tokenizers leave white space out of
     their offsets: where those do not meet `start`, the prompt's own tokens decide.
     """
-    k = next((k for k, end in enumerate(ends) if end > start), len(ends))
+    k = bisect_right(ends, start)
     if k == 0 or ends[k - 1] == start:
         return k
     alone = list(tokenizer(text[:start], add_special_tokens=False)["input_ids"])
@@ -271,10 +276,9 @@ def _last(
     text: str, tokens: Sequence[int], ends: Sequence[int], reply: _Reply, eos_ids: Sequence[int]
 ) -> int:
     """The token after the reply: after its last end-of-sequence token, else after its last text."""
-    begin = next((k for k, end in enumerate(ends) if end > reply.start), len(ends))
-    stop = next((k for k, end in enumerate(ends) if end > reply.end), len(ends))
+    begin, stop = bisect_right(ends, reply.start), bisect_right(ends, reply.end)
     for k in reversed(range(begin, stop)):
         if tokens[k] in eos_ids:
             return k + 1
     end = reply.start + len(text[reply.start : reply.end].rstrip())
-    return next((k + 1 for k, at in enumerate(ends) if at >= end), len(ends))
+    return min(bisect_left(ends, end) + 1, len(ends))

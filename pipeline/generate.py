@@ -8,16 +8,20 @@ Every sequence draws from uniforms of its own (seed, split, prompt), so that who
 it changes rounding only, and the number of workers nothing at all. `pipeline.sampling` samples.
 """
 
+import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from pipeline.chat import Message, has_template, prompt_tokens, speak
 from pipeline.cluster import Cluster
 from pipeline.config import Strict
 from pipeline.provenance import Progress
@@ -37,6 +41,12 @@ LAWS = {TRAIN: "T=1", HELDOUT: "T=1", GREEDY: "T=0"}
 """Of the splits that are always there. A split of `generate.laws` has its law's name."""
 SERVED = "served"
 """The folder of those splits, in `sequences/` and in `cache/`."""
+# why a prompt or a conversation is left out
+TOO_LONG, NO_REPLY, TOO_SHORT = (
+    "a long prompt",
+    "no reply within the limit",
+    "no reply of two tokens",
+)
 DATA_LAW = "data"  # text that the target did not write: it trains, and is never replayed
 
 
@@ -139,21 +149,45 @@ def split_of(rows: Sequence[Mapping[str, Any]], split: str) -> list[Mapping[str,
     return chosen
 
 
+def with_conversations(
+    rows: Iterable[Mapping[str, Any]], talks: Iterable[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Rows of `PROMPTS`, with the `messages` and `tools` of those that `CONVERSATIONS` has."""
+    found = {
+        (talk["split"], talk["id"]): {k: json.loads(talk[k]) for k in ("messages", "tools")}
+        for talk in talks
+    }
+    return [{**row, **found.get((row["split"], row["id"]), {})} for row in rows]
+
+
 def encode(
     rows: Iterable[Mapping[str, Any]],
     tokenizer: Any,
     *,
     config: GenerateConfig,
     context_tokens: int,
+    left_out: Counter[str] | None = None,
 ) -> list[Prompt]:
-    """Token ids of each prompt, its last `max_prompt_tokens` ones.
+    """Token ids of each prompt, at most `max_prompt_tokens` of them.
 
-    A chat model's prompt is one user turn in its own template. `DataError` names a prompt without
-    tokens, or one that leaves no room for the response in the target's context.
+    A chat model reads the conversation up to the last user turn (or the prompt as one such turn)
+    in its own template. One that is too long is left out and counted in `left_out`: cut, it would
+    lose its beginning. A text keeps its end. `DataError` names a prompt without tokens, or one that
+    leaves no room for the response in the target's context.
     """
     prompts = []
     for row in rows:
-        tokens = _ids(tokenizer, row["text"])[-config.max_prompt_tokens :]
+        if has_template(tokenizer):
+            messages, tools = asked(row)
+            tokens = prompt_tokens(tokenizer, messages, tools=tools, name=row["id"])
+            if len(tokens) > config.max_prompt_tokens:
+                if left_out is not None:
+                    left_out[TOO_LONG] += 1
+                continue
+        else:
+            require_plain(row)
+            text_ids = tokenizer(row["text"])["input_ids"]
+            tokens = list(text_ids)[-config.max_prompt_tokens :]
         if not tokens:
             raise DataError(
                 found=f"prompt {row['id']!r} has no token",
@@ -167,17 +201,40 @@ def encode(
                 expected=f"at most the target's context of {context_tokens} tokens together",
                 todo="lower generate.max_prompt_tokens or generate.max_new_tokens",
             )
-        prompts.append(Prompt(row["id"], row["domain"], tuple(tokens), row.get("response")))
+        response = row.get("response") or _only_reply(row)
+        prompts.append(Prompt(row["id"], row["domain"], tuple(tokens), response))
+    if not prompts:
+        raise DataError(
+            found="every prompt of a split is longer than generate.max_prompt_tokens, "
+            f"{config.max_prompt_tokens}",
+            expected="prompts that fit with the target's chat template",
+            todo="raise generate.max_prompt_tokens, or set prepare.filters.max_chars",
+        )
     return prompts
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    """A prompt's ids, through the chat template where the target has one."""
-    if getattr(tokenizer, "chat_template", None):
-        turn = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return list(tokenizer(text)["input_ids"])
+def asked(row: Mapping[str, Any]) -> tuple[list[Message], list[Any]]:
+    """What a chat model reads of a row: messages up to the last user turn (or tool's answer)."""
+    messages = list(row.get("messages") or [{"role": "user", "content": row["text"]}])
+    while messages[-1]["role"] == "assistant":
+        messages.pop()
+    return messages, list(row.get("tools") or [])
+
+
+def require_plain(row: Mapping[str, Any]) -> None:
+    """`DataError` for a conversation that no target without a chat template can read."""
+    roles = [message["role"] for message in row.get("messages") or ()]
+    if roles not in ([], ["user"], ["user", "assistant"]):
+        raise DataError(
+            found=f"conversation {row['id']!r} of {len(roles)} messages ({', '.join(roles[:6])})",
+            expected="one user turn and at most one reply, since the target has no chat template",
+            todo="choose a chat model, or set prepare.filters.max_turns: 1 and remove system turns",
+        )
+
+
+def _only_reply(row: Mapping[str, Any]) -> str | None:
+    messages = list(row.get("messages") or [])
+    return str(messages[1]["content"]) if len(messages) > 1 else None
 
 
 def plan(split: str, prompts: Sequence[Prompt], *, batch_sequences: int) -> list[Unit]:
@@ -241,15 +298,74 @@ def _data_response(
     prompt: Prompt, tokenizer: Any, config: GenerateConfig, eos_ids: Sequence[int]
 ) -> Response:
     if prompt.response is None:
-        raise DataError(
-            found=f"prompt {prompt.id!r} has no response of its own",
-            expected="a response with every prompt where generate.engine is none",
-            todo="give the rows of prepare.source a `response`, or set generate.engine to "
-            "transformers",
-        )
+        raise _no_response(prompt.id)
     tokens = list(tokenizer(prompt.response, add_special_tokens=False)["input_ids"])
     tokens = [*tokens, *eos_ids[:1]][: config.max_new_tokens]
     return Response(tokens, bool(tokens) and tokens[-1] in eos_ids)
+
+
+def conversation_rows(
+    rows: Iterable[Mapping[str, Any]],
+    tokenizer: Any,
+    *,
+    config: GenerateConfig,
+    eos_ids: Sequence[int],
+    context_tokens: int,
+    left_out: Counter[str],
+) -> list[dict[str, Any]]:
+    """Rows of `SEQUENCES` of a chat model's conversations, every reply supervised.
+
+    A conversation is cut after `max_prompt_tokens` + `max_new_tokens`; one whose first reply does
+    not begin within them is left out and counted in `left_out`.
+    """
+    limit = config.max_prompt_tokens + config.max_new_tokens
+    if limit > context_tokens:
+        raise DataError(
+            found=f"conversations of up to {limit} tokens",
+            expected=f"at most the target's context of {context_tokens} tokens",
+            todo="lower generate.max_prompt_tokens or generate.max_new_tokens",
+        )
+    found = []
+    for row in rows:
+        messages, tools = asked(row)
+        if len(row.get("messages") or ()) > len(messages):
+            messages = list(row["messages"])
+        elif row.get("response") is not None:
+            messages.append({"role": "assistant", "content": row["response"]})
+        if not any(message["role"] == "assistant" for message in messages):
+            raise _no_response(row["id"])
+        records = speak(tokenizer, messages, tools=tools, eos_ids=eos_ids, name=row["id"])
+        for number, record in enumerate(records):
+            tokens, turn = record.tokens[:limit], record.turn[:limit]
+            if not any(a == b >= 0 for a, b in pairwise(turn)):
+                left_out[NO_REPLY if len(record.tokens) > limit else TOO_SHORT] += 1
+                continue
+            found.append(
+                {
+                    "id": row["id"] if len(records) == 1 else f"{row['id']}#{number}",
+                    "domain": row["domain"],
+                    "tokens": tokens,
+                    "turn": turn,
+                    "law": DATA_LAW,
+                    "finished": turn[-1] >= 0 and tokens[-1] in eos_ids,
+                }
+            )
+    if not found:
+        raise DataError(
+            found=f"no conversation of a split has a reply within {limit} tokens",
+            expected="replies that begin within generate.max_prompt_tokens + max_new_tokens",
+            todo="raise them, or set prepare.filters.max_chars",
+        )
+    return found
+
+
+def _no_response(name: str) -> DataError:
+    return DataError(
+        found=f"prompt {name!r} has no response of its own",
+        expected="a response with every prompt where generate.engine is none",
+        todo="give the rows of prepare.source a `response` or an assistant's reply, or set "
+        "generate.engine to transformers",
+    )
 
 
 def answer(

@@ -11,7 +11,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,13 @@ class Line:
     number: int
     value: dict[str, Any]
     unit: str = "line"
+    ordinal: int | None = None
+    """Of an array's rows, which may share a line: 1 for the first."""
+
+    @property
+    def key(self) -> int:
+        """A number that no other row of the file has."""
+        return self.number if self.ordinal is None else self.ordinal
 
     def fault(self, found: str, expected: str) -> DataError:
         """`<file>, line <n> <found>; expected <expected>; mend or remove the line.`"""
@@ -182,7 +189,7 @@ def _array(path: Path, first: int, data: bytes) -> Iterator[Line]:
             at += 1
         return at
 
-    counted = 0
+    counted = ordinal = 0
     while True:
         at = skip(at)
         number, counted = number + text.count("\n", counted, at), at
@@ -194,7 +201,8 @@ def _array(path: Path, first: int, data: bytes) -> Iterator[Line]:
             if isinstance(error, json.JSONDecodeError):
                 number += text.count("\n", counted, error.pos)
             raise _not_json(path, number, error, expected) from None
-        yield _object(path, number, value)
+        ordinal += 1
+        yield replace(_object(path, number, value), ordinal=ordinal)
         at = skip(at)
         number, counted = number + text.count("\n", counted, at), at
         if not text.startswith((",", "]"), at):

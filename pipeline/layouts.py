@@ -175,10 +175,10 @@ def parse_rows(lines: Iterable[Line], layout: Layout, *, strict: bool = False) -
                 raise line.fault(f"has {reason}", "a conversation that can be used") from None
             unfit[str(reason)] += 1
             continue
-        if row.id in rows:
+        while row.id in rows:
             if layout not in SCRAPED and "prompt_id" not in line.value:
                 raise line.fault(f"repeats the id {row.id!r}", "ids of their own")
-            row = replace(row, id=f"{row.id}@{line.number}")
+            row = replace(row, id=f"{row.id}@{line.key}")
         rows[row.id] = row
     return Rows(list(rows.values()), unfit)
 
@@ -220,7 +220,7 @@ def _id(line: Line, *names: str) -> str:
         label = line.label(name)
         if label is not None:
             return label
-    return f"{line.path.name.split('.')[0]}-{line.number}"
+    return f"{line.path.name.split('.')[0]}-{line.key}"
 
 
 def _plain(line: Line) -> Row:

@@ -238,7 +238,7 @@ def _hub_lines(source: HubSource, split: str) -> Iterator[Line]:
             f"{' '.join(str(error).split())[:200]}",
             expected="a data set, a revision, a subset and a split that exist, or are in the local "
             "cache where the hub is out of reach",
-            todo="correct prepare.source, connect, or log in with `hf auth login` where it is gated",
+            todo="correct prepare.source, connect, or log in (`hf auth login`) where it is gated",
         ) from None
     if len(rows) == 0:
         raise DataError(

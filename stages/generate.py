@@ -1,9 +1,12 @@
 """Prompts -> sequences: the target's own responses, or the data's."""
 
+import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from pipeline.chat import has_template
 from pipeline.cluster import ClusterConfig, device, open_cluster
 from pipeline.config import load
 from pipeline.generate import (
@@ -13,6 +16,7 @@ from pipeline.generate import (
     GenerateConfig,
     Job,
     answer,
+    conversation_rows,
     count,
     data_responses,
     encode,
@@ -22,16 +26,18 @@ from pipeline.generate import (
     served,
     split_of,
     times,
+    with_conversations,
     without_failures,
 )
 from pipeline.provenance import run
 from pipeline.sampling import Prompt, Response
 from pipeline.server import Journal, Reader, ServerConfig
 from pipeline.target import TargetSpec, home_of, load_tokenizer, read_spec
-from storage.tables import PROMPTS, SEQUENCES, read_table, write_table
+from storage.tables import CONVERSATIONS, PROMPTS, SEQUENCES, read_table, write_table
 from storage.workspace import SCRATCH, Workspace, digest, file_digest, scratch_root, write_json
 
 PROMPTS_FILE, TARGET = Path("data/prompts.parquet"), Path("target")
+TALKS = Path("data/conversations.parquet")  # where the source has conversations
 OUT = Path("sequences")
 SERVED = "generate-server"  # what servers answered, under scratch
 METRICS, TIMINGS = Path("metrics/generate.json"), Path("timings/generate.json")
@@ -42,6 +48,9 @@ def main() -> None:
     config: GenerateConfig = load("generate", GenerateConfig)
     rows, spec = read_table(PROMPTS_FILE, PROMPTS), read_spec(TARGET)
     sources = {"target": spec.fingerprint, "prompts": file_digest(PROMPTS_FILE)}
+    if TALKS.is_file():
+        rows = with_conversations(rows, read_table(TALKS, CONVERSATIONS))
+        sources["conversations"] = file_digest(TALKS)
     fingerprint = digest({"params": config.model_dump(), **sources})
     with Workspace("generate", fingerprint, outs=[OUT, METRICS, TIMINGS]) as workspace:
         if workspace.complete():
@@ -49,33 +58,56 @@ def main() -> None:
             return
         chosen = {split: split_of(rows, split) for split in (TRAIN, HELDOUT)}
         tokenizer = load_tokenizer(home_of(spec, TARGET), trust_remote_code=spec.trust_remote_code)
-        prompts = {
-            split: encode(some, tokenizer, config=config, context_tokens=spec.context_tokens)
-            for split, some in chosen.items()
-        }
-        prompts |= dict.fromkeys([GREEDY, *config.laws], prompts[HELDOUT])
+        left_out: dict[str, Counter[str]] = {split: Counter() for split in chosen}
+        shared: dict[str, Any] = {"config": config, "context_tokens": spec.context_tokens}
         started = time.perf_counter()
         told: dict[str, Any] = {}
-        if isinstance(config.engine, ServerConfig):
-            prompts, responses, worked_s, told = _serve(prompts, config, spec, tokenizer)
-        elif config.engine == "none":
-            responses = data_responses(prompts, tokenizer, config=config, eos_ids=spec.eos_ids)
+        if config.engine == "none" and has_template(tokenizer):
+            tables = {
+                split: conversation_rows(
+                    some, tokenizer, eos_ids=spec.eos_ids, left_out=left_out[split], **shared
+                )
+                for split, some in chosen.items()
+            }
+            tables[GREEDY] = tables[HELDOUT]
             worked_s = time.perf_counter() - started
         else:
-            scratch = workspace.path(OUT).parent / "batches"
-            responses, worked_s = _sample(prompts, config, spec, scratch)
+            prompts = {
+                split: encode(some, tokenizer, left_out=left_out[split], **shared)
+                for split, some in chosen.items()
+            }
+            prompts |= dict.fromkeys([GREEDY, *config.laws], prompts[HELDOUT])
+            started = time.perf_counter()
+            if isinstance(config.engine, ServerConfig):
+                prompts, responses, worked_s, told = _serve(prompts, config, spec, tokenizer)
+            elif config.engine == "none":
+                responses = data_responses(prompts, tokenizer, config=config, eos_ids=spec.eos_ids)
+                worked_s = time.perf_counter() - started
+            else:
+                scratch = workspace.path(OUT).parent / "batches"
+                responses, worked_s = _sample(prompts, config, spec, scratch)
+            tables = {
+                split: sequence_rows(some, responses[split], law_of(split, config.engine))
+                for split, some in prompts.items()
+            }
         wall_s = time.perf_counter() - started
-        tables = {
-            split: sequence_rows(some, responses[split], law_of(split, config.engine))
-            for split, some in prompts.items()
-        }
         for split, table in tables.items():
             write_table(workspace.path(OUT) / file_of(split), SEQUENCES, table)
-        metrics = count(tables)
+        metrics = _with_left_out(count(tables), left_out)
         write_json(workspace.path(METRICS), metrics | told)
         timings = times(metrics, wall_s=wall_s, worked_s=worked_s)
         write_json(workspace.path(TIMINGS), timings)
         workspace.publish()
+
+
+def _with_left_out(metrics: dict[str, Any], left_out: dict[str, Counter[str]]) -> dict[str, Any]:
+    """Count what was left out beside what was not, and say so."""
+    for split, counts in left_out.items():
+        if counts:
+            metrics[split]["left_out"] = dict(sorted(counts.items()))
+            reasons = ", ".join(f"{number} with {why}" for why, number in sorted(counts.items()))
+            print(f"generate: {split} goes without {reasons}.", file=sys.stderr)
+    return metrics
 
 
 def _serve(

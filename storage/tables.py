@@ -120,8 +120,8 @@ def write_table(path: Path, schema: pa.Schema, rows: Iterable[Mapping[str, Any]]
     pq.write_table(table, path, compression="zstd", row_group_size=65_536)
 
 
-def read_table(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
-    """Read all rows; `DataError` where the file is missing or its columns differ."""
+def open_table(path: Path, schema: pa.Schema) -> pa.Table:
+    """The columns of a table; `DataError` where the file is missing or its columns differ."""
     if not path.is_file():
         raise DataError(
             found=f"no file {path}",
@@ -135,5 +135,10 @@ def read_table(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
             expected=f"{', '.join(schema.names)} with this version's types",
             todo="run dvc repro, so that the stage writes it anew",
         )
-    rows: list[dict[str, Any]] = table.to_pylist()
+    return table
+
+
+def read_table(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
+    """Read all rows; `DataError` where the file is missing or its columns differ."""
+    rows: list[dict[str, Any]] = open_table(path, schema).to_pylist()
     return rows

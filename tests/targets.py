@@ -89,11 +89,13 @@ def write_params(folder: Path, **sections: dict[str, Any]) -> None:
         yaml.dump(params, file)
 
 
-def write_project(folder: Path, model: Any) -> None:
+def write_project(folder: Path, model: Any, *, chat_template: str | None = None) -> None:
     """`params.yaml`, `target/` and `data/prompts.parquet`; the model must have V tokens."""
     target = folder / "target"
     model.save_pretrained(target)
-    tokenizer().save_pretrained(target)
+    words = tokenizer()
+    words.chat_template = chat_template
+    words.save_pretrained(target)
     pin(target, target, origin=Origin("embedded", "."))
     rows = [*prompts("train", 14), *prompts("heldout", 6)]
     write_table(folder / "data" / "prompts.parquet", PROMPTS, rows)

@@ -25,11 +25,16 @@ main()
 """
 
 
-def lkcache(*arguments: object) -> subprocess.CompletedProcess[str]:
+def lkcache(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", BLOCKED, *map(str, arguments)],
-        cwd=ROOT,
-        env={"PATH": "/usr/bin:/bin", "COLUMNS": "160", "HOME": "/nonexistent"},
+        cwd=cwd,
+        env={
+            "PATH": "/usr/bin:/bin",
+            "COLUMNS": "160",
+            "HOME": "/nonexistent",
+            "PYTHONPATH": str(ROOT),
+        },
         capture_output=True,
         text=True,
         check=False,

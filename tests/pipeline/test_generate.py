@@ -1,5 +1,7 @@
 """Sampling from the target: its law, its independence of batches, its ends."""
 
+import json
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -9,12 +11,14 @@ from pydantic import ValidationError
 
 from pipeline.generate import (
     GenerateConfig,
+    asked,
     count,
     data_responses,
     encode,
     plan,
     sequence_rows,
     split_of,
+    with_conversations,
 )
 from pipeline.sampling import Prompt, choose, sample
 from pipeline.seeds import uniforms
@@ -151,6 +155,47 @@ def test_a_long_prompt_keeps_its_end() -> None:
 def test_a_chat_model_reads_its_template() -> None:
     found = encode([row("ab")], Words("yes"), config=CONFIG, context_tokens=18)
     assert found[0].tokens == tuple(map(ord, "<ab>"))
+
+
+def test_a_long_prompt_of_a_chat_model_is_left_out_and_counted() -> None:
+    left_out: Counter[str] = Counter()
+    rows = [row("ab"), row("abcdefgh")]
+    found = encode(rows, Words("yes"), config=CONFIG, context_tokens=18, left_out=left_out)
+    assert [prompt.tokens for prompt in found] == [tuple(map(ord, "<ab>"))]
+    assert left_out == {"a long prompt": 1}
+    with pytest.raises(
+        DataError, match=r"every prompt of a split is longer than .*tokens, 6; expec"
+    ):
+        encode(rows[1:], Words("yes"), config=CONFIG, context_tokens=18)
+
+
+USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "so"}
+
+
+def test_a_chat_model_is_asked_for_the_last_reply() -> None:
+    assert asked(row("hi")) == ([USER], [])
+    talk = [USER, REPLY, USER, REPLY]
+    assert asked(row("hi", messages=talk, tools=[{"f": 1}])) == (talk[:3], [{"f": 1}])
+    assert asked(row("hi", messages=talk[:3])) == (talk[:3], [])
+
+
+def test_conversations_are_found_by_split_and_id() -> None:
+    rows = [row("hi"), {**row("hi"), "split": "heldout"}]
+    talk = {"split": "heldout", "id": "x", "messages": json.dumps([USER]), "tools": "[]"}
+    plain, found = with_conversations(rows, [talk])
+    assert "messages" not in plain
+    assert (found["messages"], found["tools"]) == ([USER], [])
+
+
+def test_a_target_without_a_template_reads_one_turn_and_its_reply() -> None:
+    (found,) = encode(
+        [row("hi", messages=[USER, REPLY])], Words(), config=CONFIG, context_tokens=18
+    )
+    assert (found.tokens, found.response) == (tuple(map(ord, "hi")), "so")
+    with pytest.raises(
+        DataError, match=r"'x' of 3 messages \(user, assistant, user\); .*no chat tem"
+    ):
+        encode([row("", messages=[USER, REPLY, USER])], Words(), config=CONFIG, context_tokens=18)
 
 
 def test_a_prompt_beyond_the_context_is_named() -> None:

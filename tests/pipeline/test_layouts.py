@@ -121,6 +121,14 @@ def test_sharegpt_reads_as_one_array(indent: int | None, name: str, tmp_path: Pa
         assert found.rows[1].place == f"{path}, line {start}"
 
 
+def test_rows_that_share_a_line_or_an_id_are_told_apart(tmp_path: Path) -> None:
+    bare = {"conversations": [HUMAN, GPT]}
+    rows = [bare, bare, {**bare, "id": "x"}, {**bare, "id": "x@5"}, {**bare, "id": "x"}]
+    (tmp_path / "s.json").write_text(json.dumps(rows))
+    found = [row.id for row in read_conversations(tmp_path / "s.json").rows]
+    assert found == ["s-1", "s-2", "x", "x@5", "x@5@5"]
+
+
 def test_infinity_instruct_keeps_its_language_and_its_ability(tmp_path: Path) -> None:
     (row,) = read_conversations(lines(tmp_path / "infinity.jsonl", INFINITY)).rows
     assert (row.id, row.language, row.domain) == ("7", "en", "reasoning")

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import parse
 from pipeline.corpus import SHARES, split_docstrings, stdlib_documents
-from pipeline.duplicates import exact_duplicates, near_duplicates
+from pipeline.duplicates import exact_duplicates, near_duplicates, overlaps
 from pipeline.layouts import read_rows
 from pipeline.problems import problem_set
 from pipeline.prompts import (
@@ -29,6 +31,7 @@ from pipeline.prompts import (
     split_documents,
 )
 from pipeline.seeds import rng
+from pipeline.sources import check_source
 from storage.errors import ConfigError, DataError
 
 STDLIB: dict[str, Any] = {
@@ -324,3 +327,213 @@ def test_shingle_hashes_spread() -> None:
     """Texts of small numbers, the worst case for a product of ids, do not collide."""
     texts = [" ".join(map(str, row)) for row in np.ndindex(4, 4, 4, 4)]
     assert near_duplicates([f"{t} {t}" for t in texts], 1.0) == {}
+
+
+def filters(**over: Any) -> dict[str, Any]:
+    return {**STDLIB["filters"], **over}
+
+
+def talk(*turns: str, **more: Any) -> dict[str, Any]:
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    return {"messages": messages, **more}
+
+
+def test_filters_drop_by_length_turns_and_language_and_count_all(lines: Any) -> None:
+    rows = [talk(text_of(12, i), "well", language="en", id=i) for i in range(6)]
+    rows += [
+        talk("hi", "ho", language="en"),
+        talk(text_of(90, 90), "well", language="en"),
+        talk(text_of(12, 91), "a", text_of(12, 92), "b", language="en"),
+        talk(text_of(12, 93), "well", language="ko"),
+        talk(text_of(12, 94), "well"),
+    ]
+    wanted = filters(min_chars=20, max_chars=300, max_turns=1, languages=["en"])
+    done = prepare(jsonl(lines(*rows), filters=wanted))
+    assert {p.id for p in done.prompts} == {str(i) for i in range(6)}
+    assert done.metrics["dropped"] == {
+        "too few characters": 1,
+        "too many characters": 1,
+        "too many turns": 1,
+        "another language": 2,
+    }
+    assert sum(sum(done.metrics["prompts"][s].values()) for s in ("train", "heldout")) == 6
+
+
+def test_a_filter_that_drops_nothing_says_so_and_none_says_nothing(lines: Any) -> None:
+    rows = [{"prompt": text_of(12, i)} for i in range(6)]
+    assert prepare(jsonl(lines(*rows), filters=filters(min_chars=1))).metrics["dropped"] == {
+        "too few characters": 0
+    }
+    assert "dropped" not in prepare(jsonl(lines(*rows))).metrics
+
+
+def test_filters_that_drop_everything_are_named(lines: Any) -> None:
+    path = lines({"prompt": "hi"}, {"prompt": "ho"})
+    with pytest.raises(DataError, match=r"no usable document \(dropped: 2 too few characters\); ."):
+        prepare(jsonl(path, filters=filters(min_chars=20)))
+
+
+def test_no_row_holds_an_evaluation_prompt(lines: Any) -> None:
+    question, later, short = text_of(30, 500), text_of(30, 501), "Say hello."
+    sets = [
+        lines({"question_id": 1, "category": "x", "turns": [question, later]}, name="q.jsonl"),
+        lines({"question": short, "answer": "4"}, name="g.jsonl"),
+    ]
+    rows = [talk(text_of(12, i), "well", id=f"good-{i}") for i in range(6)]
+    rows += [
+        talk(text_of(80, 600) + " " + question + " " + text_of(80, 601), "well"),
+        talk(text_of(12, 602), "well", " ".join(later.split()[:-6]), "well"),
+        talk(text_of(12, 603), "well", short, "well"),
+        talk(short + " And goodbye to you, to all of us.", "well", id="good-6"),
+    ]
+    done = prepare(jsonl(lines(*rows), filters=filters(evaluation_prompts=sets)))
+    assert {p.id for p in done.prompts} == {f"good-{i}" for i in range(7)}
+    assert done.metrics["dropped"] == {"an evaluation prompt": 3}
+    with pytest.raises(DataError, match=r"no\.jsonl; .*that prepare\.filters\.evaluation_prompts "):
+        prepare(jsonl(lines(*rows), filters=filters(evaluation_prompts=["no.jsonl"])))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seeds=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 40)), min_size=2, max_size=7),
+    threshold=st.sampled_from([0.3, 0.5, 1.0]),
+)
+def test_overlaps_are_those_of_the_obvious_algorithm(
+    seeds: list[tuple[int, int]], threshold: float
+) -> None:
+    def shingles(text: str) -> set[tuple[str, ...]]:
+        words = text.split()
+        return {tuple(words[i : i + 8]) for i in range(max(1, len(words) - 7))}
+
+    texts = [
+        " ".join([*text_of(60, seed).split()[cut:], *text_of(cut, seed + 10 * cut).split()])
+        for seed, cut in seeds
+    ]
+    reference, rows = texts[:2], [[text, text_of(9, i)] for i, text in enumerate(texts[2:])]
+    expected = set()
+    for index, row in enumerate(rows):
+        mine = set().union(*map(shingles, row))
+        held = [len(shingles(r) & mine) / len(shingles(r)) for r in reference]
+        if max(held) >= threshold:
+            expected.add(index)
+    assert overlaps(rows, reference, threshold) == expected
+
+
+def test_parts_of_a_mix_take_turns_by_weight_and_name_their_rows(lines: Any) -> None:
+    chat = lines(*(talk(text_of(12, i), "well", id=i) for i in range(60)), name="chat.jsonl")
+    code = lines(*({"prompt": text_of(12, 100 + i), "domain": "python"} for i in range(60)),
+                 name="code.jsonl")  # fmt: skip
+    few = lines(*({"prompt": text_of(12, 200 + i)} for i in range(4)), name="few.jsonl")
+    parts = {
+        name: {"weight": weight, "source": {"kind": "jsonl", "train": path, "heldout": None}}
+        for name, weight, path in (("chat", 3.0, chat), ("code", 1.0, code), ("few", 1.0, few))
+    }
+    done = prepare(
+        config(source={"kind": "mix", "parts": parts}, train_prompts=40, heldout_prompts=5)
+    )
+    train = [p for p in done.prompts if p.split == "train"]
+    # `few` has three training rows; the others go on in their own proportion
+    assert done.metrics["prompts_by_part"]["train"] == {"chat": 28, "code": 9, "few": 3}
+    first = Counter(p.source for p in train[:10])
+    assert first == {"chat": 6, "code": 2, "few": 2}
+    assert {p.domain for p in train} == {"chat", "python", "few"}
+    assert all(p.id.startswith(f"{p.source}/") for p in train)
+    assert len(done.prompts) == 45
+
+
+def test_rows_that_nobody_can_use_are_counted(lines: Any) -> None:
+    human, gpt = {"from": "human", "value": "how"}, {"from": "gpt", "value": "so"}
+    rows = [{"conversations": [{**human, "value": text_of(12, i)}, gpt]} for i in range(5)]
+    done = prepare(jsonl(lines(*rows, {"conversations": []}, {"conversations": [gpt, human]})))
+    assert done.metrics["dropped"] == {"a reply before the first question": 1, "no turn": 1}
+
+
+HUB = {"kind": "hub", "revision": None, "subset": None, "train": "train", "heldout": None}
+
+
+@pytest.fixture
+def dataset(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """A folder that the datasets library reads: a parquet and a JSON-lines split."""
+    datasets = pytest.importorskip("datasets", reason="needs the extra `data`")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    rows = [talk(text_of(12, i), "well", prompt_id=f"p{i}") for i in range(9)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "train-00000-of-00001.parquet")
+    held = [talk(text_of(12, 50 + i), "well", prompt_id=f"h{i}") for i in range(3)]
+    pq.write_table(pa.Table.from_pylist(held), folder / "test-00000-of-00001.parquet")
+    return str(folder)
+
+
+def test_a_hub_data_set_reads_from_a_folder(dataset: str) -> None:
+    done = prepare(config(source={**HUB, "id": dataset, "train": "train[:6]", "heldout": "test"}))
+    assert {p.id for p in done.prompts if p.split == "train"} == {f"p{i}" for i in range(6)}
+    assert {p.id for p in done.prompts if p.split == "heldout"} == {"h0", "h1", "h2"}
+    assert done.prompts[0].messages[1] == {"role": "assistant", "content": "well"}
+
+
+def test_a_split_that_the_data_set_has_not_is_named(dataset: str) -> None:
+    with pytest.raises(DataError, match=r"cannot read the split 'nope' of .*set: .*; expected a d"):
+        prepare(config(source={**HUB, "id": dataset, "train": "nope"}))
+
+
+def test_a_data_set_or_revision_out_of_reach_is_named(
+    dataset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    gone = {**HUB, "id": "org/name", "revision": COMMIT}
+    with pytest.raises(
+        DataError, match=rf"split 'train' of org/name at {COMMIT}: .*; correct prepa"
+    ):
+        prepare(config(source=gone))
+
+
+def test_a_row_of_a_data_set_is_named_by_its_number(dataset: str, tmp_path: Path) -> None:
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"messages": [{"role": "who", "content": "a"}]}\n')
+    with pytest.raises(DataError, match=r"bad, row 1 has messages\[0\]\.role 'who'; .*remove the "):
+        prepare(config(source={**HUB, "id": str(folder)}))
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ({**HUB, "id": "org/name"}, r"revision None for the hub's org/name; expected a commit of "),
+        ({**HUB, "id": "org/name", "revision": "main"}, r"revision 'main' for the hub's org/name"),
+        ({**HUB, "id": "./gone"}, r"names \./gone, which is no folder; expected a folder with dat"),
+        ({**HUB, "id": "tests", "revision": COMMIT}, r"for the local folder tests; expected null"),
+        ({"kind": "jsonl", "train": "no.json", "heldout": None}, r"names no\.json, which is no fi"),
+    ],
+)
+def test_a_source_that_cannot_be_is_refused_before_anything_runs(
+    source: dict[str, Any], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.sources.find_spec", lambda _: True)
+    for whole in (source, {"kind": "mix", "parts": {"a": {"weight": 1.0, "source": source}}}):
+        with pytest.raises(ConfigError, match=sentence):
+            check_source(config(source=whole).source)
+
+
+def test_a_hub_source_without_the_datasets_library_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pipeline.sources.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r'is not installed; .*pip install "lkcache\[data\]"'):
+        check_source(config(source={**HUB, "id": "tests"}).source)
+
+
+def test_a_mix_needs_parts_and_weights() -> None:
+    part = {"weight": 0.0, "source": {"kind": "stdlib", "max_chars": 10_000}}
+    with pytest.raises(ConfigError, match=r"parts\.a\.weight is 0\.0; expected .*greater than 0"):
+        config(source={"kind": "mix", "parts": {"a": part}})
+    with pytest.raises(ConfigError, match=r"prepare\.source\.parts is .*at least 1"):
+        config(source={"kind": "mix", "parts": {}})

@@ -82,6 +82,12 @@ def broken(path: str, value: Any) -> dict[str, Any]:
             {"kind": "jsonl", "train": "nowhere.jsonl", "heldout": None},
             r"names nowhere\.jsonl, which is no file",
         ),
+        (
+            "prepare.filters.evaluation_prompts",
+            ["question.jsonl"],
+            r"evaluation_prompts names question\.jsonl, which is no file; .*project's root",
+        ),
+        ("prepare.filters.languages", [], r"filters\.languages is \[\]; expected .*at least 1"),
     ],
 )
 def test_bad_parameter_is_refused_by_name(path: str, value: Any, sentence: str) -> None:

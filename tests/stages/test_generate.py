@@ -11,7 +11,7 @@ import pytest
 from pipeline.provenance import run
 from stages.generate import main
 from storage.errors import ConfigError, DataError
-from storage.tables import PROMPTS, SEQUENCES, read_table, write_table
+from storage.tables import CONVERSATIONS, PROMPTS, SEQUENCES, read_table, write_table
 from storage.workspace import tree_digest
 from tests.targets import copy_project, prompts, tokenizer, write_params, write_project
 
@@ -96,6 +96,94 @@ def test_the_data_answers_without_an_engine(here: Path) -> None:
     assert [row["law"] for row in rows] == ["data", "data"]
     text = tokenizer().decode(rows[0]["tokens"][rows[0]["turn"].index(0) :])
     assert text == "seven apples<|end|>"
+
+
+CHAT = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+TALK = [
+    {"role": "user", "content": "the cat"},
+    {"role": "assistant", "content": "sat on a mat"},
+    {"role": "user", "content": "and then"},
+    {"role": "assistant", "content": "went home"},
+]
+
+
+@pytest.fixture(scope="module")
+def chat_project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any) -> Path:
+    folder = tmp_path_factory.mktemp("chat")
+    write_project(folder, tiny_model(vocab_size=300), chat_template=CHAT)
+    return folder
+
+
+@pytest.fixture
+def chat(chat_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A chat target; of three conversations of a split the last is far too long."""
+    monkeypatch.chdir(copy_project(chat_project, tmp_path))
+    rows, talks = [], []
+    for split in ("train", "heldout"):
+        for row, talk in zip(prompts(split, 3), (TALK, TALK[:2], LONG), strict=True):
+            rows.append(row)
+            talks.append({"split": split, "id": row["id"], "messages": json.dumps(talk)})
+    write_table(tmp_path / "data/prompts.parquet", PROMPTS, rows)
+    table = [{**talk, "tools": "[]"} for talk in talks]
+    write_table(tmp_path / "data/conversations.parquet", CONVERSATIONS, table)
+    return tmp_path
+
+
+LONG = [{"role": "user", "content": "seven red apples " * 60}, TALK[1]]
+
+
+def test_every_reply_of_the_data_is_a_turn(chat: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"max_prompt_tokens": 30, "max_new_tokens": 60}
+    write_params(chat, generate={"engine": "none", **sizes})
+    main()
+    rows = read_table(chat / "sequences/train.parquet", SEQUENCES)
+    assert [row["id"] for row in rows] == ["train-0", "train-1"]
+    assert {row["law"] for row in rows} == {"data"}
+    words = tokenizer()
+    turns = [
+        [t for t, turn in zip(rows[0]["tokens"], rows[0]["turn"], strict=True) if turn == n]
+        for n in (0, 1)
+    ]
+    assert [words.decode(turn) for turn in turns] == [" sat on a mat<|end|>", " went home<|end|>"]
+    assert [row["finished"] for row in rows] == [True, True]
+    metrics = json.loads((chat / "metrics/generate.json").read_text())
+    assert metrics["train"]["left_out"] == {"no reply within the limit": 1}
+    assert "train goes without 1 with no reply within the limit" in capsys.readouterr().err
+    write_params(chat, generate={"engine": "none", "max_prompt_tokens": 12, "max_new_tokens": 10})
+    main()
+    (cut, *_) = read_table(chat / "sequences/train.parquet", SEQUENCES)
+    assert (len(cut["tokens"]), cut["finished"]) == (22, False)
+    assert cut["tokens"] == rows[0]["tokens"][:22]
+
+
+def test_the_target_answers_the_last_user_turn(chat: Path) -> None:
+    write_params(chat, generate={"max_prompt_tokens": 80})
+    main()
+    rows = read_table(chat / "sequences/heldout.parquet", SEQUENCES)
+    assert [row["id"] for row in rows] == ["heldout-0", "heldout-1"]
+    start = rows[0]["turn"].index(0)
+    asked = "user: the cat<|end|>assistant: sat on a mat<|end|>user: and then<|end|>assistant:"
+    assert rows[0]["tokens"][:start] == tokenizer()(asked)["input_ids"]
+    assert set(rows[0]["turn"][start:]) == {0}
+    metrics = json.loads((chat / "metrics/generate.json").read_text())
+    assert metrics["heldout"]["left_out"] == {"a long prompt": 1}
+
+
+def test_conversations_that_cannot_be_told_are_refused(chat: Path) -> None:
+    sizes = {"max_prompt_tokens": 2, "max_new_tokens": 2}
+    write_params(chat, generate={"engine": "none", **sizes})
+    with pytest.raises(DataError, match="no conversation of a split has a reply within 4 tokens"):
+        main()
+    write_params(chat, generate={"engine": "none", "max_new_tokens": 250})
+    with pytest.raises(DataError, match=r"conversations of up to 262 tokens; .*context of 256 tok"):
+        main()
+    (chat / "data/conversations.parquet").unlink()
+    write_params(chat, generate={"engine": "none"})
+    with pytest.raises(DataError, match="prompt 'train-0' has no response of its own; expected"):
+        main()
 
 
 def test_bad_inputs_cost_nothing(here: Path) -> None:

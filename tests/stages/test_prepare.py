@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 
 from stages import prepare
 from storage.errors import ConfigError, DataError
-from storage.tables import DOCUMENTS, PROMPTS, read_table
+from storage.tables import CONVERSATIONS, DOCUMENTS, PROMPTS, read_table
 from storage.workspace import tree_digest
 
 SECTION: dict[str, Any] = {
@@ -74,6 +74,29 @@ def test_responses_of_the_data_reach_the_prompts(project: Path) -> None:
     assert {(p["text"], p["response"]) for p in prompts} == {
         (r["prompt"], r["response"]) for r in rows
     }
+
+
+def test_conversations_stand_beside_their_prompts(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = [{"role": "user", "content": ""}, {"role": "assistant", "content": "é"}]
+    rows = [[{**talk[0], "content": f"Question number {n} of many?"}, talk[1]] for n in range(8)]
+    sharegpt = [
+        {"conversations": [{"from": m["role"], "value": m["content"]} for m in row]} for row in rows
+    ]
+    Path("mine.json").write_text(json.dumps([*sharegpt, {"conversations": []}]))
+    write({**SECTION, "source": {"kind": "jsonl", "train": "mine.json", "heldout": None}})
+    prepare.main()
+    prompts = read_table(project / "data/prompts.parquet", PROMPTS)
+    talks = read_table(project / "data/conversations.parquet", CONVERSATIONS)
+    assert [(t["split"], t["id"]) for t in talks] == [(p["split"], p["id"]) for p in prompts]
+    assert sorted(json.loads(t["messages"])[0]["content"] for t in talks) == sorted(
+        row[0]["content"] for row in rows
+    )
+    assert "prepare: left out 1 rows: 1 with no turn." in capsys.readouterr().err
+    write(SECTION)
+    prepare.main()
+    assert not (project / "data/conversations.parquet").exists()
 
 
 def test_a_refused_source_leaves_the_outputs_as_they_were(project: Path) -> None:
