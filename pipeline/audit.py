@@ -222,7 +222,12 @@ def _replay_one(target: Target, job: Job, sample: Sample) -> Found:
         )
     bar = Bar.of(cache.manifest.params, job.config.max_logp_error)
     found = replay(
-        target, record, layout=cache.layout, bar=bar, unigram_V=job.unigrams[sample.split]
+        target,
+        record,
+        layout=cache.layout,
+        bar=bar,
+        unigram_V=job.unigrams[sample.split],
+        law=cache.source.get("law", ""),
     )
     _refuse_errors(found.errors, job.config, where)
     _refuse_intervals(found, where)
@@ -271,8 +276,12 @@ def replay(
     layout: Layout,
     bar: Bar,
     unigram_V: NDArray[np.float32],
+    law: str = "T=1",
 ) -> Replayed:
     """How far a record is from what the target says, by kind, at every token.
+
+    `law` is what its responses are samples of: `token_logp` is that of a served law, and of T = 1
+    for any other text.
 
     What 8-bit codes may round is no error of a hidden state. In mode `rebuild` the laws are those
     that the LM head makes of the stored `last_hidden`.
@@ -284,19 +293,20 @@ def replay(
         stored = _stored(record, kind)
         if stored is not None and x is not None:
             errors[kind] = _relative(*stored, x[0].double().cpu().numpy())
-    law = _stored_law(record, layout, str(target.device))
-    row_C = _spread_rows(record) if law is not None else np.zeros(0, np.int64)
+    stored_law = _stored_law(record, layout, str(target.device))
+    row_C = _spread_rows(record) if stored_law is not None else np.zeros(0, np.int64)
     parts: list[Certificate] = []
     first, rebuild = 0, layout.mode == "rebuild"
     last_hidden_TD = features.last_hidden[0]
-    for at_C, logp_CV, found in _law_errors(target, record, last_hidden_TD, bar, rebuild=rebuild):
+    blocks = _law_errors(target, record, last_hidden_TD, bar, rebuild=rebuild, law=law)
+    for at_C, logp_CV, found in blocks:
         for kind, error_C in found.items():
             errors.setdefault(kind, np.zeros(len(record.tokens)))[at_C] = error_C
         own = torch.from_numpy(row_C[(row_C >= first) & (row_C < first + len(at_C))])
-        if law is not None and len(own):
+        if stored_law is not None and len(own):
             logp_NV = logp_CV[(own - first).to(logp_CV.device)]
             drafts = reference_drafts(logp_NV, torch.from_numpy(unigram_V))
-            parts.append(certify(logp_NV, law.take(own.to(logp_CV.device)), drafts))
+            parts.append(certify(logp_NV, stored_law.take(own.to(logp_CV.device)), drafts))
         first += len(at_C)
     position_R = supervised(record.turn).nonzero()[0]
     return Replayed(errors, joined(parts), position_R[row_C].tolist())
@@ -317,7 +327,13 @@ def _spread_rows(record: Record) -> NDArray[np.int64]:
 
 
 def _law_errors(
-    target: Target, record: Record, last_hidden_TD: Tensor, bar: Bar, *, rebuild: bool
+    target: Target,
+    record: Record,
+    last_hidden_TD: Tensor,
+    bar: Bar,
+    *,
+    rebuild: bool,
+    law: str,
 ) -> Iterator[tuple[NDArray[np.int64], Tensor, Positions]]:
     """Some supervised positions after others: their exact laws, and the stored ones' errors."""
     position_R = supervised(record.turn).nonzero()[0]
@@ -329,8 +345,7 @@ def _law_errors(
         logits_CV = target.logits(last_hidden_TD[torch.from_numpy(at_C)])
         exact_CV = torch.log_softmax(logits_CV.double(), -1)
         logp_CV = exact_CV.cpu().numpy()
-        next_logp_C = logp_CV[np.arange(len(at_C)), record.tokens[at_C + 1]]
-        found = {"token_logp": np.abs(next_logp_C - record.token_logp[at_C])}
+        found = {"token_logp": _next_errors(logp_CV, record, at_C, law, bar.slack)}
         if record.logits is not None:
             found |= _full_errors(logp_CV, from_bf16_bits(record.logits[first : first + size]))
         elif rebuild:
@@ -352,6 +367,34 @@ def _law_errors(
             ]
             found |= {kind: np.array([row[kind] for row in rows]) for kind in rows[0]}
         yield at_C, exact_CV, found
+
+
+def _next_errors(
+    logp_CV: NDArray[np.float64], record: Record, at_C: NDArray[np.int64], law: str, slack: float
+) -> NDArray[np.float64]:
+    """Errors of log p of the tokens that follow, under the law that they were sampled from.
+
+    Of a served law the slow way, a row at a time; where rounding may move the end of a nucleus, the
+    nearer of its ends counts.
+    """
+    token_C, stored_C = record.tokens[at_C + 1], record.token_logp[at_C]
+    error_C: NDArray[np.float64] = np.abs(logp_CV[np.arange(len(at_C)), token_C] - stored_C)
+    cuts = dict(piece.split("=") for piece in law.split(",")) if law.startswith("T=") else {}
+    temperature, top_p = float(cuts.get("T", 1)), float(cuts.get("top_p", 1))
+    if temperature == 0 or law == "T=1":
+        return error_C
+    for c, token in enumerate(token_C.tolist()):
+        weight_V = np.exp((logp_CV[c] - logp_CV[c].max()) / temperature)
+        falling = np.argsort(-logp_CV[c], kind="stable")[: int(cuts.get("top_k", len(weight_V)))]
+        share = weight_V[falling].cumsum() / weight_V[falling].sum()
+        wanted = []
+        for goal in {top_p, *([top_p - slack, top_p + slack] if top_p < 1 else [])}:
+            size = 1 + int((share < goal).sum()) if top_p < 1 else len(falling)
+            # a token that another pass put just outside counts as the last that is inside
+            kept = sorted({*falling[:size].tolist(), token})
+            wanted.append(float(np.log(weight_V[token] / weight_V[kept].sum())))
+        error_C[c] = min(abs(w - stored_C[c]) for w in wanted)
+    return error_C
 
 
 def _full_errors(

@@ -20,6 +20,7 @@ from pipeline.generate import GenerateConfig
 from pipeline.matrix import Arm, Export, Start, check_matrix
 from pipeline.pin import TargetConfig
 from pipeline.prompts import SETS, PrepareConfig
+from pipeline.setting import Setting
 from pipeline.sources import check_source, require_file
 from pipeline.train import FitConfig, WarmupConfig
 from pipeline.warm import check_start
@@ -61,6 +62,7 @@ def check_params(params: Mapping[str, Any]) -> None:
         find_format(cell.kind, cell.format).require(found["drafts"][cell.draft])
     _check_target(sections)
     _check_report(sections, params)
+    _check_laws(sections)
     check_source(sections["prepare"].source)
     for path in sections["prepare"].filters.evaluation_prompts:
         require_file(path, SETS)
@@ -147,3 +149,17 @@ def _check_report(sections: Mapping[str, Any], params: Mapping[str, Any]) -> Non
             expected=f"at most evaluate.depth, {evaluate.depth}",
             todo="raise evaluate.depth or lower report.gammas",
         )
+
+
+def _check_laws(sections: Mapping[str, Any]) -> None:
+    """Rollouts that nothing would replay are not made; files of prompts are there."""
+    replayed = {Setting.parse(name).law for name in sections["evaluate"].laws}
+    unread = [law for law in sections["generate"].laws if law not in replayed]
+    if unread:
+        raise ConfigError(
+            found=f"{PARAMS}: generate.laws names {unread[0]}",
+            expected=f"laws that evaluate.laws names too: {', '.join(sorted(replayed))}",
+            todo="add it to evaluate.laws, or take it out of generate.laws",
+        )
+    for name, given in sections["evaluate"].prompt_sets.items():
+        require_file(given.path, f"evaluate.prompt_sets.{name}.path")

@@ -137,7 +137,7 @@ def _same_rollouts(a: Results, b: Results, names: tuple[str, str]) -> None:
         raise ResultError(
             found=f"{names[0]} was replayed at {told[0]}, {names[1]} at {told[1]}",
             expected="the same temperatures",
-            todo="set evaluate.temperatures alike and run dvc repro evaluate",
+            todo="set evaluate.laws alike and run dvc repro evaluate",
         )
     for temperature in a.temperatures():
         left, right = _lengths(a, temperature), _lengths(b, temperature)
@@ -161,7 +161,11 @@ def _same_rollouts(a: Results, b: Results, names: tuple[str, str]) -> None:
 
 def _lengths(results: Results, temperature: float) -> dict[str, float]:
     """Tokens of every prompt that was replayed at a temperature."""
-    key = next(k for k in results.rounds if k.instrument == REPLAY and k.temperature == temperature)
+    key = next(
+        k
+        for k in results.rounds
+        if (k.instrument, k.temperature, k.law) == (REPLAY, temperature, None)
+    )
     tokens = results.rounds[key]["tokens"]
     return {
         prompt: float(tokens[n]) for n, prompt in enumerate(results.prompts[REPLAY]) if tokens[n]

@@ -1,8 +1,9 @@
 """Measure one batch of prompts: a trained draft replayed over cached rollouts, or decoded.
 
-A `Job` is a batch of prompts for one draft, temperature and instrument (`pipeline.schedule` makes
-them). `run_job` opens what it needs by path, once a process, and returns plain rows, so that jobs
-run here or in workers alike. transformers is imported when a job decodes, never for a replay.
+A `Job` is a batch of prompts for one draft, setting (served law, drafts) and instrument;
+`pipeline.schedule` makes them. `run_job` opens what it needs by path, once a process, and returns
+plain rows, so that jobs run here or in workers alike. transformers is imported when a job decodes,
+never for a replay.
 
 | instrument | rows of `storage.tables.ROUNDS` |
 | --- | --- |
@@ -10,6 +11,7 @@ run here or in workers alike. transformers is imported when a job decodes, never
 | `replay_block` | the same under block verification; T > 0 only, it is no different at T = 0 |
 | `replay_decode` | the decoded prompts' rollouts, cut to the decoder's length limit, at its γ |
 | `decode` | those prompts decoded for real |
+| `decode:<set>` | the prompts of a set decoded (`evaluate.prompt_sets`); nothing to replay |
 
 `replay_decode` and `decode` are what predicted against measured compares. At T = 0 on a CPU in
 float32 they are equal prompt by prompt while `features: cache` holds.
@@ -29,23 +31,28 @@ from pipeline.config import Strict, parse
 from pipeline.dataset import arrays, collate, head_for
 from pipeline.draft import Draft, Needs, find
 from pipeline.interface import Head, Shape
+from pipeline.prompt_sets import DECODE_SET, PromptSets
 from pipeline.replay import Replay, block_survival, replay, token_survival
+from pipeline.sampling import Prompt
 from pipeline.score import Rollouts, Scores, depth_sums, rollouts, score, strata
 from pipeline.seeds import uniforms
+from pipeline.setting import Setting, SomeNames
 from pipeline.target import read_interface, read_spec, resident_target
 from storage.reader import Cache
 from storage.record import Record
 
 Count = Annotated[int, Field(gt=0)]
 Rows = list[dict[str, Any]]
+GREEDY, SAMPLED = Setting(0.0), Setting(1.0)
 WARM_TOKENS = 2  # decoded before the clock starts: first calls allocate and choose kernels
 
 
 class EvaluateConfig(Strict):
     """Section `evaluate`."""
 
-    temperatures: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)]
-    """0 and 1 are replayed and decoded; any other is decoded only: no rollouts of its law exist."""
+    laws: SomeNames
+    """Served laws and how drafts are drawn (`pipeline.setting`). All are decoded; those of which
+    there are rollouts are replayed too: `T=0`, `T=1` and what `generate.laws` names."""
     depth: Count
     """Replay for every γ up to this, or up to what the draft can (MEDUSA: its heads)."""
     batch_sequences: Count
@@ -61,6 +68,8 @@ class EvaluateConfig(Strict):
     """Decoded prompts of which the report shows every round, spread over the domains."""
     features: Literal["cache", "exact"]
     """Whether decoding passes hidden states through the cache's dtype."""
+    prompt_sets: PromptSets
+    """Prompts of one's own to decode beside the held-out ones, under every law; by name."""
     seed: int
     threads: Count
 
@@ -80,32 +89,39 @@ class Bench:
 
     target: Path
     caches: Mapping[str, Path]
-    """Law (`law_name`) -> cache of rollouts that are the target's own samples of it."""
+    """Law (`Setting.law`) -> cache of rollouts that are the target's own samples of it."""
     device: str
     config: EvaluateConfig
     sources: str
     """Digest of all that is read: a worker that outlives a run must not answer from an older."""
 
-    def cache(self, temperature: float) -> Cache:
-        """The rollouts of a temperature; its prompts only, where no rollouts of it exist."""
-        law = law_name(temperature) if replayable(temperature) else law_name(1)
+    def cache(self, setting: Setting) -> Cache:
+        """The rollouts of a served law; its prompts only, where no rollouts of it exist."""
+        law = setting.law if self.replayable(setting) else SAMPLED.law
         return _open(self.caches[law], self.sources)
+
+    def replayable(self, setting: Setting) -> bool:
+        """Whether there are rollouts of the setting's law."""
+        return setting.law in self.caches
 
 
 @dataclass(frozen=True)
 class Job:
-    """One batch of one draft at one temperature."""
+    """One batch of one draft under one setting."""
 
     instrument: Literal["replay", "decode", "plain"]
     draft: Path | None
     """Folder of the trained draft; None for plain decoding."""
-    temperature: float
+    setting: Setting
     rows: tuple[int, ...]
-    """Sequences of the temperature's cache."""
+    """Sequences of the law's cache."""
     decoded: frozenset[str] = frozenset()
     """Of a replay: the prompts that are decoded too."""
     traced: frozenset[str] = frozenset()
     """Of a decoding: the prompts of which every round is kept."""
+    prompt_set: str = ""
+    """The set that `prompts` are of; empty for held-out prompts, which `rows` name."""
+    prompts: tuple[Prompt, ...] = ()
 
 
 @dataclass
@@ -118,20 +134,14 @@ class Outcome:
     """Of a replay: sums over its anchors by place and by entropy."""
     speed: dict[str, float] = field(default_factory=dict)
     """Of a decoding: tokens, steps, seconds; measured, so never part of a result."""
+    prompt_set: str = ""
+    """Of a decoding: the job's."""
     identical: int = 0
     """Decoded responses that equal the cached rollout, cut to the limit."""
+    texts: dict[str, list[int]] = field(default_factory=dict)
+    """Of a set decoded at T = 0: each prompt's response, which plain decoding must give too."""
     traces: Rows = field(default_factory=list)
     """Of the traced prompts: what was drafted and kept, round by round, as text."""
-
-
-def law_name(temperature: float) -> str:
-    """The name of a sampling law, as `sequences/` marks it: `T=0`, `T=1`."""
-    return f"T={temperature:g}"
-
-
-def replayable(temperature: float) -> bool:
-    """Whether rollouts of this temperature's law are generated."""
-    return temperature in (0, 1)
 
 
 def split(record: Record) -> tuple[list[int], list[int]]:
@@ -190,28 +200,34 @@ def run_job(bench: Bench, job: Job) -> Outcome:
 def _replay(bench: Bench, job: Job) -> Outcome:
     """Exact expectations of a batch of rollouts, and the sums of its anchors."""
     assert job.draft is not None
-    config, cache = bench.config, bench.cache(job.temperature)
+    config, cache = bench.config, bench.cache(job.setting)
     draft, needs, deepest = _draft(bench, job.draft)
     records = cache.records(job.rows, arrays=arrays(cache.layout, needs))
     head = _head(cache.path, bench.target, bench.device, bench.sources)
     batch = collate(records, cache.layout, device=bench.device, head=head)
     depth = config.depth if deepest is None else min(config.depth, deepest)
     gamma = min(config.decode_gamma, depth)
-    scores = score(draft, batch, depth=depth, temperature=job.temperature)
+    vocab_size = cache.layout.vocab_size
+    scores = score(draft, batch, depth=depth, setting=job.setting, vocab_size=vocab_size)
     whole = rollouts(scores, batch)
     cut = rollouts(scores, batch, max_new_tokens=config.decode_new_tokens)
     token = token_survival(whole.logr)
     outcome = Outcome(depths=_depth_rows(records, scores), strata=strata(scores, batch))
     add = outcome.rounds.extend
     add(_round_rows(records, whole, replay(token, whole.remaining), instrument="replay"))
-    if job.temperature > 0:
+    if job.setting.temperature > 0:
         block = replay(block_survival(whole.logr), whole.remaining)
         add(_round_rows(records, whole, block, instrument="replay_block"))
     shown = _round_rows(records, cut, replay(token, cut.remaining), instrument="replay_decode")
     add(row for row in shown if row["prompt"] in job.decoded and row["gamma"] == gamma)
     for row in (*outcome.rounds, *outcome.depths, *outcome.strata):
-        row["temperature"] = float(job.temperature)
+        row |= _law_of(job.setting)
     return outcome
+
+
+def _law_of(setting: Setting) -> dict[str, Any]:
+    """The columns that name a setting."""
+    return {"temperature": float(setting.temperature), "law": setting.name}
 
 
 def _round_rows(
@@ -222,10 +238,11 @@ def _round_rows(
     for b, record in enumerate(records):
         mine = found.row == b
         tokens = int(found.remaining[mine].sum())
-        columns = (exact.rounds, exact.drafted, exact.accepted)
-        rounds, drafted, accepted = (column[mine].sum(0).tolist() for column in columns)
+        columns = (exact.rounds, exact.drafted, exact.accepted, exact.kept)
+        rounds, drafted, accepted, kept = (column[mine].sum(0).tolist() for column in columns)
         for g in range(len(rounds)):
             counts = {"rounds": rounds[g], "drafted": drafted[g], "accepted": accepted[g]}
+            counts["kept"] = kept[g][: g + 1]
             rows.append(
                 _named(record)
                 | {"instrument": instrument, "gamma": g + 1, "tokens": tokens}
@@ -248,8 +265,8 @@ def _depth_rows(records: Sequence[Record], scores: Scores) -> Rows:
 _SUMS = ("alpha", "alpha_lo", "alpha_hi", "accept", "survive")
 
 
-def _named(record: Record) -> dict[str, Any]:
-    return {"prompt": record.id, "domain": record.domain}
+def _named(asked: Record | Prompt) -> dict[str, Any]:
+    return {"prompt": asked.id, "domain": asked.domain}
 
 
 def _decode(bench: Bench, job: Job) -> Outcome:
@@ -257,7 +274,7 @@ def _decode(bench: Bench, job: Job) -> Outcome:
     from pipeline.speculate import Rules, decode
     from pipeline.trace import trace_row
 
-    config, cache = bench.config, bench.cache(job.temperature)
+    config, cache = bench.config, bench.cache(job.setting)
     spec = read_spec(bench.target)
     target = resident_target(bench.target, device=bench.device, fingerprint=spec.fingerprint)
     draft, needs, gamma = None, Needs(), 0
@@ -266,7 +283,10 @@ def _decode(bench: Bench, job: Job) -> Outcome:
         gamma = config.decode_gamma if deepest is None else min(config.decode_gamma, deepest)
     rules = Rules(
         gamma=gamma,
-        temperature=job.temperature,
+        temperature=job.setting.temperature,
+        top_k=job.setting.top_k,
+        top_p=job.setting.top_p,
+        drafting=job.setting.drafts,
         max_new_tokens=config.decode_new_tokens,
         eos_ids=tuple(spec.eos_ids),
         layers=cache.layout.hidden_layers if needs.num_layers else (),
@@ -275,20 +295,20 @@ def _decode(bench: Bench, job: Job) -> Outcome:
         hidden_dtype=cache.layout.hidden_dtype,
         last_hidden_dtype=cache.layout.last_hidden_dtype,
     )
-    records = cache.records(job.rows, arrays={"tokens", "turn"})
-    pieces = [split(record) for record in records]
-    prompts = [torch.tensor(prompt) for prompt, _ in pieces]
+    pairs = [(prompt, None) for prompt in job.prompts] or _heldout(cache, job.rows)
+    asked = [prompt for prompt, _ in pairs]
+    prompts = [torch.tensor(prompt.tokens) for prompt in asked]
     # named by prompt, not by arm: all drafts meet the same luck, which narrows their differences
     drawn = [
-        uniforms(config.seed, "decode", law_name(job.temperature), r.id, n=rules.num_uniforms)
-        for r in records
+        uniforms(config.seed, "decode", job.setting.law, prompt.id, n=rules.num_uniforms)
+        for prompt in asked
     ]
     warm = replace(rules, max_new_tokens=WARM_TOKENS)
     first = drawn[0][None, : warm.num_uniforms]
     decode(target, draft, prompts[:1], warm, uniforms_BU=first)
     decoded, timing = decode(target, draft, prompts, rules, uniforms_BU=torch.stack(drawn))
-    outcome = Outcome()
-    if shown := [i for i, record in enumerate(records) if record.id in job.traced]:
+    outcome = Outcome(prompt_set=job.prompt_set)
+    if shown := [i for i, prompt in enumerate(asked) if prompt.id in job.traced]:
         traced, _ = decode(
             target,
             draft,
@@ -297,7 +317,9 @@ def _decode(bench: Bench, job: Job) -> Outcome:
             uniforms_BU=torch.stack([drawn[i] for i in shown]),
         )
         outcome.traces = [
-            _named(records[i]) | trace_row(row, prompts[i], rules, target.tokenizer)
+            _named(asked[i])
+            | trace_row(row, prompts[i], rules, target.tokenizer)
+            | _law_of(job.setting)
             for i, row in zip(shown, traced, strict=True)
         ]
     outcome.speed = {
@@ -307,16 +329,29 @@ def _decode(bench: Bench, job: Job) -> Outcome:
         "target_s": timing.target_s,
         "rounds_s": timing.rounds_s,
     }
-    for record, (_, response), row in zip(records, pieces, decoded, strict=True):
-        outcome.identical += row.tokens == response[: rules.max_new_tokens]
+    if job.prompt_set and job.setting == GREEDY:
+        outcome.texts = {p.id: row.tokens for p, row in zip(asked, decoded, strict=True)}
+    for (prompt, response), row in zip(pairs, decoded, strict=True):
+        if response is not None:
+            outcome.identical += row.tokens == response[: rules.max_new_tokens]
         numbers = {
-            "instrument": "decode",
-            "temperature": float(job.temperature),
+            "instrument": f"{DECODE_SET}{job.prompt_set}" if job.prompt_set else "decode",
+            **_law_of(job.setting),
             "gamma": gamma,
             "tokens": row.num_counted,
             "rounds": float(row.rounds),
             "drafted": float(row.drafted),
             "accepted": float(row.accepted),
+            "kept": [float(kept) for kept in row.kept],
         }
-        outcome.rounds.append(_named(record) | numbers)
+        outcome.rounds.append(_named(prompt) | numbers)
     return outcome
+
+
+def _heldout(cache: Cache, rows: Sequence[int]) -> list[tuple[Prompt, list[int] | None]]:
+    """The prompts of cached sequences, each with its rollout."""
+    found: list[tuple[Prompt, list[int] | None]] = []
+    for record in cache.records(rows, arrays={"tokens", "turn"}):
+        prompt, response = split(record)
+        found.append((Prompt(record.id, record.domain, tuple(prompt)), response))
+    return found

@@ -281,7 +281,7 @@ def _predictions(
 ) -> tuple[list[Prediction], dict[float, float]]:
     rows: list[Prediction] = []
     points = {}
-    decoded = [key for key in results.rounds if key.instrument == DECODE]
+    decoded = [key for key in results.rounds if key.instrument == DECODE and key.law is None]
     names = {arm.key: arm for arm in results.arms}
     for temperature in sorted({key.temperature for key in decoded}):
         pairs = [

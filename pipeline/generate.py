@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from pipeline.chat import Message, has_template, prompt_tokens, speak
 from pipeline.cluster import Cluster
@@ -27,7 +27,9 @@ from pipeline.config import Strict
 from pipeline.provenance import Progress
 from pipeline.sampling import Prompt, Response, sample
 from pipeline.seeds import rng, uniforms
+from pipeline.serve import serving_of
 from pipeline.server import Ask, Journal, Reader, ServerConfig, Tally, ask
+from pipeline.setting import Names, Setting
 from pipeline.target import resident_target
 from storage.errors import DataError
 from storage.workspace import read_json, write_json
@@ -36,6 +38,9 @@ TRAIN, HELDOUT = "train", "heldout"
 GREEDY = "greedy"
 """The held-out prompts again, at T = 0."""
 LAWS = {TRAIN: "T=1", HELDOUT: "T=1", GREEDY: "T=0"}
+"""Of the splits that are always there. A split of `generate.laws` has its law's name."""
+SERVED = "served"
+"""The folder of those splits, in `sequences/` and in `cache/`."""
 # why a prompt or a conversation is left out
 TOO_LONG, NO_REPLY, TOO_SHORT = (
     "a long prompt",
@@ -68,11 +73,37 @@ class GenerateConfig(Strict):
 
     engine: Engine
     """`none`: the data's own responses."""
+    laws: Names
+    """Served laws of which the held-out prompts get rollouts too, so that replay scores them."""
     max_prompt_tokens: Annotated[int, Field(ge=1)]
     max_new_tokens: Annotated[int, Field(ge=1)]
     batch_sequences: Annotated[int, Field(ge=1)]
     seed: Annotated[int, Field(ge=0)]
     threads: Annotated[int, Field(ge=1)]
+
+    @field_validator("laws")
+    @classmethod
+    def _further_laws(cls, laws: list[str]) -> list[str]:
+        for law in map(Setting.parse, laws):
+            if law.law in LAWS.values() or law.drafts != "sampled":
+                raise ValueError("laws other than T=0 and T=1, without drafts=")
+        return laws
+
+    @model_validator(mode="after")
+    def _laws_are_the_targets(self) -> Self:
+        if self.engine == "none" and self.laws:
+            raise ValueError("laws: [] where engine is none, whose text is no sample of a law")
+        if isinstance(self.engine, ServerConfig) and self.laws:
+            if self.engine.protocol == "text":
+                raise ValueError("laws: [] with protocol text, whose tokens are not for certain")
+            if any(Setting.parse(law).top_k for law in self.laws):
+                raise ValueError("laws without top_k=, which no server is asked for")
+        return self
+
+
+def file_of(split: str) -> str:
+    """Where a split lies in `sequences/`: `heldout.parquet`, `served/T=0.7,top_p=0.9.parquet`."""
+    return f"{split}.parquet" if split in LAWS else f"{SERVED}/{split}.parquet"
 
 
 @dataclass(frozen=True)
@@ -232,6 +263,7 @@ def sample_unit(job: Job, unit: Unit) -> Answer:
         unit.prompts,
         max_new_tokens=job.max_new_tokens,
         uniform_BG=None if unit.split == GREEDY else torch.stack(draws),
+        serving=serving_of(Setting.parse(LAWS.get(unit.split, unit.split))),
     )
     seconds = time.perf_counter() - started
     rows = [[response.tokens, response.finished] for response in responses]
@@ -379,11 +411,11 @@ def served(
 def _ask(split: str, prompt: Prompt, config: GenerateConfig) -> Ask:
     """The request of one prompt; its seed is the prompt's own, whatever stands beside it."""
     assert isinstance(config.engine, ServerConfig)
-    temperature, top_p = {
-        TRAIN: (config.engine.temperature, config.engine.top_p),
-        HELDOUT: (1.0, 1.0),
-        GREEDY: (0.0, 1.0),
-    }[split]
+    if split == TRAIN:
+        temperature, top_p = config.engine.temperature, config.engine.top_p
+    else:
+        setting = Setting.parse(LAWS.get(split, split))
+        temperature, top_p = setting.temperature, setting.top_p or 1.0
     seed = int(rng(config.seed, "serve", *prompt.tokens).integers(2**31))
     return Ask(prompt, temperature, top_p, seed, config.max_new_tokens)
 
@@ -400,7 +432,7 @@ def without_failures(
         split: {p.id for p, r in zip(prompts[split], some, strict=True) if r is None}
         for split, some in responses.items()
     }
-    paired = failed.get(HELDOUT, set()) | failed.get(GREEDY, set())
+    paired = set().union(*(ids for split, ids in failed.items() if split != TRAIN))
     failed = {split: ids if split == TRAIN else paired for split, ids in failed.items()}
     kept: dict[str, list[Prompt]] = {}
     answered: dict[str, list[Response]] = {}
@@ -425,8 +457,8 @@ def law_of(split: str, engine: str | ServerConfig) -> str:
     if isinstance(engine, ServerConfig):
         if engine.protocol == "text":
             return DATA_LAW  # encoded again: not for certain the tokens that were drawn
-        return engine.law if split == TRAIN else LAWS[split]
-    return DATA_LAW if engine == "none" else LAWS[split]
+        return engine.law if split == TRAIN else LAWS.get(split, split)
+    return DATA_LAW if engine == "none" else LAWS.get(split, split)
 
 
 def sequence_rows(

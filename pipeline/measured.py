@@ -26,21 +26,21 @@ def rows(results: Path, arm: Arm) -> list[str]:
         return [f"No τ of this arm: {error}"]
     keys = sorted(
         (key for key in found.rounds if key.instrument in (REPLAY, DECODE)),
-        key=lambda key: (key.instrument, key.temperature, key.gamma),
+        key=lambda key: (key.instrument, key.setting.order, key.gamma),
     )
     lines = [
         f"τ, tokens per target pass with the bonus token; {CONFIDENCE:.0%} intervals by prompt.",
         "",
-        "| instrument | T | γ | τ | interval | prompts |",
+        "| instrument | law | γ | τ | interval | prompts |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     return lines + [_row(found.panel([[key]]), key) for key in keys]
 
 
 def _row(panel: Panel, key: Key) -> str:
-    """One instrument, temperature and γ."""
+    """One instrument, law and γ."""
     interval = tau(panel, confidence=CONFIDENCE, resamples=RESAMPLES, seed=SEED)[0]
     return (
-        f"| {key.instrument} | {key.temperature:g} | {key.gamma} | {interval.estimate:.3f} | "
+        f"| {key.instrument} | {key.setting.words} | {key.gamma} | {interval.estimate:.3f} | "
         f"{interval.lo:.3f} – {interval.hi:.3f} | {int((panel.rounds > 0).sum())} |"
     )

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.beside import served_tables, set_tables
 from pipeline.charts import swatch
 from pipeline.exhibits import (
     Curves,
@@ -38,6 +39,7 @@ from pipeline.record_tables import (
     speedup_tables,
 )
 from pipeline.results import ALL, Results
+from pipeline.setting import Setting
 from pipeline.statistics import MIN_SEEDS, verdict
 
 Json = Mapping[str, Any]
@@ -107,6 +109,8 @@ def _tables(
         "blocks": _block_tables(found),
         "alpha": [alpha_table(found)],
         "predicted": [predicted_table(found)],
+        "served": served_tables(results, config),
+        "prompt_sets": set_tables(results, config),
         "cache": rate_tables(records.cache),
         "coverage": coverage_tables(records.cache),
         "position": [strata_table(found, "position")],
@@ -304,7 +308,7 @@ def trace_view(traces: Mapping[str, Sequence[Json]]) -> list[dict[str, Any]]:
                 {
                     "arm": arm,
                     "temperature": row["temperature"],
-                    "law": law(row["temperature"]),
+                    "law": Setting.parse(row["law"]).words,
                     "gamma": row["gamma"],
                     "tokens": tokens,
                     "passes": passes,

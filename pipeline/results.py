@@ -9,6 +9,7 @@ Knows tables, not statistics' use of them nor pages. Dims: N prompts, C columns.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.matrix import Arm
+from pipeline.setting import Setting
 from pipeline.statistics import Floats, Panel
 from storage.errors import ResultError
 from storage.tables import DEPTHS, ROUNDS, STRATA, read_table
@@ -37,6 +39,13 @@ class Key:
     instrument: str
     temperature: float
     gamma: int
+    law: str | None = None
+    """None: that temperature alone, drafts sampled; else the law's name (`pipeline.setting`)."""
+
+    @property
+    def setting(self) -> Setting:
+        """The law and the drafts."""
+        return Setting(self.temperature) if self.law is None else Setting.parse(self.law)
 
 
 @dataclass(frozen=True, order=True)
@@ -61,9 +70,11 @@ class Results:
     rounds: dict[Key, dict[str, Floats]] = field(default_factory=dict)
     """By column: tokens, rounds, drafted, accepted [N], zero where the column lacks a prompt."""
     depths: dict[tuple[str, float, int], dict[str, float]] = field(default_factory=dict)
-    """By arm, temperature, depth: the sums of `SUMS` over prompts."""
+    """By arm, temperature, depth: the sums of `SUMS` over prompts, of laws that are plain."""
+    served_depths: dict[tuple[str, str, int], dict[str, float]] = field(default_factory=dict)
+    """By arm, law, depth: the same of laws that are not plain."""
     where: dict[tuple[str, float, "Stratum", int], dict[str, float]] = field(default_factory=dict)
-    """By arm, temperature, kind of anchor, depth: the sums of `STRATUM_SUMS`."""
+    """By arm, temperature, kind of anchor, depth: the sums of `STRATUM_SUMS`; plain laws alone."""
 
     @property
     def drafts(self) -> list[str]:
@@ -82,15 +93,22 @@ class Results:
         return sorted(found, key=lambda arm: arm.seed)
 
     def temperatures(self) -> list[float]:
-        """Temperatures of the replayed rounds, ascending."""
-        return sorted({key.temperature for key in self.rounds if key.instrument == REPLAY})
+        """Temperatures of the replayed rounds, ascending; those of plain laws."""
+        replayed = [key for key in self.rounds if key.instrument == REPLAY and key.law is None]
+        return sorted({key.temperature for key in replayed})
+
+    def laws(self) -> list[str]:
+        """Laws that are not plain, replayed or decoded, by `Setting.order`."""
+        names = {key.law for key in self.rounds if key.law is not None}
+        return sorted(names, key=lambda name: Setting.parse(name).order)
 
     def gammas(self, arm: str, temperature: float) -> list[int]:
         """γ that an arm was replayed with."""
         return sorted(
             key.gamma
             for key in self.rounds
-            if (key.arm, key.instrument, key.temperature) == (arm, REPLAY, temperature)
+            if (key.arm, key.instrument, key.temperature, key.law)
+            == (arm, REPLAY, temperature, None)
         )
 
     def domains(self, instrument: str = REPLAY) -> list[str]:
@@ -125,7 +143,7 @@ def read_results(root: Path, arms: Sequence[Arm]) -> Results:
     (in replay: the same rollouts).
     """
     results = Results(list(arms))
-    first: dict[tuple[str, float], tuple[str, dict[str, int]]] = {}
+    first: dict[tuple[str, str], tuple[str, dict[str, int]]] = {}
     tables = {}
     for arm in arms:
         stem = root / arm.start / "arms"
@@ -135,6 +153,8 @@ def read_results(root: Path, arms: Sequence[Arm]) -> Results:
         _add_depths(results, _own(read_table(path, DEPTHS), arm, path), arm)
         path = stem / f"{arm.objective}.strata.parquet"
         for row in _own(read_table(path, STRATA), arm, path):
+            if _law(row) is not None:
+                continue
             stratum = Stratum(row["by"], row["lo"], row["hi"])
             sums = {name: row[name] or 0.0 for name in STRATUM_SUMS}
             results.where[arm.key, row["temperature"], stratum, row["depth"]] = sums
@@ -159,6 +179,22 @@ def read_results(root: Path, arms: Sequence[Arm]) -> Results:
     return results
 
 
+_setting = lru_cache(maxsize=256)(Setting.parse)  # of every row of every table
+
+
+def _law(row: Mapping[str, Any]) -> str | None:
+    """A row's law where it is not plain; `ResultError` where that is no law's name."""
+    try:
+        setting = _setting(row["law"])
+    except ValueError as error:
+        raise ResultError(
+            found=f"a row of {row['arm']} names the law {row['law']!r}",
+            expected=str(error),
+            todo="run dvc repro evaluate",
+        ) from None
+    return None if setting.plain else setting.name
+
+
 def _own(rows: list[dict[str, Any]], arm: Arm, path: Path) -> list[dict[str, Any]]:
     """Rows that all name their arm."""
     for row in rows:
@@ -180,20 +216,21 @@ def _own(rows: list[dict[str, Any]], arm: Arm, path: Path) -> list[dict[str, Any
 def _by_column(rows: list[dict[str, Any]], arm: Arm) -> dict[Key, list[dict[str, Any]]]:
     columns: dict[Key, list[dict[str, Any]]] = {}
     for row in rows:
-        key = Key(arm.key, row["instrument"], row["temperature"], row["gamma"])
+        key = Key(arm.key, row["instrument"], row["temperature"], row["gamma"], _law(row))
         columns.setdefault(key, []).append(row)
     return columns
 
 
 def _same_prompts(
-    first: dict[tuple[str, float], tuple[str, dict[str, int]]],
+    first: dict[tuple[str, str], tuple[str, dict[str, int]]],
     key: Key,
     rows: list[dict[str, Any]],
 ) -> None:
     """Every arm's prompts (and tokens, where rollouts are shared) equal the first arm's."""
     mine = {row["prompt"]: row["tokens"] for row in rows}
-    other, theirs = first.setdefault((key.instrument, key.temperature), (key.arm, mine))
-    what = f"{key.instrument} at T = {key.temperature:g}"
+    setting = key.setting
+    other, theirs = first.setdefault((key.instrument, setting.name), (key.arm, mine))
+    what = f"{key.instrument} at {setting.words}"
     if mine.keys() != theirs.keys() or len(mine) != len(rows):
         odd = sorted(mine.keys() ^ theirs.keys())[:1] or ["a prompt twice"]
         raise ResultError(
@@ -231,7 +268,11 @@ def _index(results: Results, tables: Mapping[str, dict[Key, list[dict[str, Any]]
 
 def _add_depths(results: Results, rows: list[dict[str, Any]], arm: Arm) -> None:
     for row in rows:
-        key = (arm.key, row["temperature"], row["depth"])
-        sums = results.depths.setdefault(key, dict.fromkeys(SUMS, 0.0))
+        law, zeros = _law(row), dict.fromkeys(SUMS, 0.0)
+        if law is None:
+            key = (arm.key, row["temperature"], row["depth"])
+            sums = results.depths.setdefault(key, zeros)
+        else:
+            sums = results.served_depths.setdefault((arm.key, law, row["depth"]), zeros)
         for name in SUMS:
             sums[name] += row[name] or 0

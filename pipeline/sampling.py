@@ -1,4 +1,4 @@
-"""A batch of prompts -> the target's responses, at T = 1 or greedily, with a KV cache.
+"""A batch of prompts -> the target's responses, under a served law or greedily, with a KV cache.
 
 Randomness comes in as uniforms, one a row and step; who shares a batch with a row changes rounding
 only. Knows no file, no split and no tokenizer.
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.serve import Serving, serve_logits
 from pipeline.session import Session
 from pipeline.target import Target
 from storage.errors import TargetError
@@ -42,9 +43,16 @@ class Response:
 
 
 def sample(
-    target: Target, prompts: Sequence[Prompt], *, max_new_tokens: int, uniform_BG: Tensor | None
+    target: Target,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    uniform_BG: Tensor | None,
+    serving: Serving | None = None,
 ) -> list[Response]:
-    """Sample from the target at T = 1 by inverse CDF of `uniform_BG`, or greedily without them.
+    """Sample from the target by inverse CDF of `uniform_BG`, or greedily without them.
+
+    The law is the target's at T = 1, or that as `serving` changes it.
 
     A row ends with an end-of-sequence token or after `max_new_tokens`. `TargetError` names the
     prompt and position at which the target's logits are not finite.
@@ -64,7 +72,7 @@ def sample(
     logits_BV = session.extend(padded_BQ, length_B, which="last").logits[:, 0]
     for step in range(max_new_tokens):
         draw_B = None if draw_BG is None else draw_BG[row_B, step]
-        token_B, sound_B = choose(logits_BV, draw_B)
+        token_B, sound_B = choose(logits_BV, draw_B, serving)
         _require_sound(sound_B | ~live_B, [prompts[b] for b in row_B.tolist()], step)
         out_BG[row_B[live_B], step] = token_B[live_B]
         live_B &= ~torch.isin(token_B, eos)
@@ -79,13 +87,18 @@ def sample(
     return [_response(row, target.spec.eos_ids) for row in out_BG.tolist()]
 
 
-def choose(logits_BV: Tensor, uniform_B: Tensor | None) -> tuple[Tensor, Tensor]:
+def choose(
+    logits_BV: Tensor, uniform_B: Tensor | None, serving: Serving | None = None
+) -> tuple[Tensor, Tensor]:
     """A token of each row [B] int64, by inverse CDF (or the likeliest), and whether it is sound."""
     if uniform_B is None:
         best_B = logits_BV.max(-1)
         return best_B.indices, best_B.values.isfinite()
     # float64 for the sum alone: a float32 CDF of a large vocabulary loses its last tokens
-    cdf_BV = torch.softmax(logits_BV, -1).cumsum(-1, dtype=torch.float64)
+    p_BV = (
+        torch.softmax(logits_BV, -1) if serving is None else serve_logits(logits_BV, serving).exp()
+    )
+    cdf_BV = p_BV.cumsum(-1, dtype=torch.float64)
     total_B1 = cdf_BV[:, -1:].contiguous()
     wanted_B1 = uniform_B[:, None] * total_B1
     token_B1 = torch.searchsorted(cdf_BV, wanted_B1, right=True)

@@ -7,24 +7,29 @@ how many workers share the jobs.
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
+from typing import Literal, TypeVar
 
 from pipeline.checkpoint import read_config
 from pipeline.dataset import head_for, require
 from pipeline.evaluate import (
+    GREEDY,
     Bench,
     EvaluateConfig,
     Job,
     draft_section,
-    law_name,
-    replayable,
     split,
 )
-from pipeline.target import TargetSpec, read_spec
+from pipeline.prompt_sets import digests, encode_set, read_set, require_room
+from pipeline.sampling import Prompt
+from pipeline.setting import Setting
+from pipeline.target import TargetSpec, home_of, load_tokenizer, read_spec
 from storage.errors import ConfigError, DraftError, ResultError
 from storage.manifest import MANIFEST
 from storage.reader import Cache
 from storage.record import Record
 from storage.workspace import digest, file_digest, tree_digest
+
+T = TypeVar("T")
 
 
 def open_bench(
@@ -55,9 +60,19 @@ def open_bench(
                 "target": spec.fingerprint,
                 "drafts": [tree_digest(path) for path in drafts],
                 "caches": [file_digest(path / MANIFEST) for path in caches.values()],
+                "sets": digests(config.prompt_sets),
             }
         ),
     )
+
+
+def laws_with_rollouts(config: EvaluateConfig, served: Path) -> list[str]:
+    """The laws of `evaluate.laws` that `generate.laws` named too; `served` holds their sequences.
+
+    Any other that is not T = 0 or T = 1 is decoded only: no rollouts are of its law.
+    """
+    laws = dict.fromkeys(Setting.parse(name).law for name in config.laws)
+    return [law for law in laws if (served / f"{law}.parquet").is_file()]
 
 
 def require_law(path: Path, cache: Cache, *, law: str) -> None:
@@ -68,8 +83,8 @@ def require_law(path: Path, cache: Cache, *, law: str) -> None:
             found=f"{path} holds sequences of {found}",
             expected=f"the pinned target's own samples at {law}, since replay is exact for no "
             "other text",
-            todo="set generate.engine: transformers and run dvc repro, or take the temperature "
-            "out of evaluate.temperatures",
+            todo="set generate.engine: transformers and run dvc repro, or take the law "
+            "out of evaluate.laws",
         )
     if not cache.num_sequences:
         raise ResultError(
@@ -96,31 +111,89 @@ def plan(bench: Bench, drafts: Sequence[Path], *, decode: bool) -> list[Job]:
     decoding could not be compared with.
     """
     config, spec = bench.config, read_spec(bench.target)
-    caches = {t: bench.cache(t) for t in config.temperatures}
-    for t in filter(replayable, caches):
-        require_law(bench.caches[law_name(t)], caches[t], law=law_name(t))
-    chosen = _choose(caches, config, spec) if decode else {}
-    jobs = [Job("plain", None, t, tuple(rows[: config.decode_batch])) for t, rows in chosen.items()]
+    caches = {s: bench.cache(s) for s in map(Setting.parse, config.laws)}
+    for setting in filter(bench.replayable, caches):
+        require_law(bench.caches[setting.law], caches[setting], law=setting.law)
+    chosen = _choose(bench, caches, spec) if decode else {}
+    sets = _read_sets(bench, spec) if decode else {}
+    served = {setting.served: rows for setting, rows in chosen.items()}
+    jobs = [Job("plain", None, s, tuple(rows[: config.decode_batch])) for s, rows in served.items()]
+    jobs += _plain_sets(sets, list(served), config)
     for folder in drafts:
-        for t, cache in caches.items():
-            rows = chosen.get(t, [])
+        for setting, cache in caches.items():
+            rows = chosen.get(setting, [])
             decoded = frozenset(cache.ids[i] for i in rows)
             picked = balanced([cache.domains[i] for i in rows], config.trace_prompts)
             traced = frozenset(cache.ids[rows[i]] for i in picked)
-            if replayable(t):
+            if bench.replayable(setting):
                 everything = range(cache.num_sequences)
                 jobs.extend(
-                    Job("replay", folder, t, batch, decoded)
+                    Job("replay", folder, setting, batch, decoded)
                     for batch in _batches(everything, config.batch_sequences)
                 )
             jobs.extend(
-                Job("decode", folder, t, batch, traced=traced)
+                Job("decode", folder, setting, batch, traced=traced)
                 for batch in _batches(rows, config.decode_batch)
+            )
+            jobs.extend(
+                _set_job("decode", folder, setting, name, batch)
+                for name, prompts in sets.items()
+                for batch in _batches(prompts, config.decode_batch)
             )
     return jobs
 
 
-def _batches(rows: Sequence[int], size: int) -> Iterator[tuple[int, ...]]:
+def _read_sets(bench: Bench, spec: TargetSpec) -> dict[str, list[Prompt]]:
+    """The prompts of every set, as ids that fit into the target's context."""
+    config = bench.config
+    if not config.prompt_sets:
+        return {}
+    home = home_of(spec, bench.target)
+    tokenizer = load_tokenizer(home, trust_remote_code=spec.trust_remote_code)
+    found = {}
+    for name, given in config.prompt_sets.items():
+        prompts = read_set(name, given)
+        order = balanced([p.category for p in prompts], given.max_prompts or len(prompts))
+        found[name] = encode_set(
+            name,
+            [prompts[i] for i in order],
+            tokenizer,
+            new_tokens=room(config),
+            context_tokens=spec.context_tokens,
+        )
+    return found
+
+
+def room(config: EvaluateConfig) -> int:
+    """Tokens that a response and the drafts of its last round may take after a prompt."""
+    return config.decode_new_tokens + config.decode_gamma - 1
+
+
+def _plain_sets(
+    sets: Mapping[str, list[Prompt]], settings: Sequence[Setting], config: EvaluateConfig
+) -> list[Job]:
+    """Plain decoding of one batch of each set for its speed; of all at T = 0, to compare texts."""
+    return [
+        _set_job("plain", None, setting, name, batch)
+        for setting in settings
+        for name, prompts in sets.items()
+        for batch in list(_batches(prompts, config.decode_batch))[
+            : None if setting == GREEDY else 1
+        ]
+    ]
+
+
+def _set_job(
+    instrument: Literal["decode", "plain"],
+    draft: Path | None,
+    setting: Setting,
+    name: str,
+    prompts: tuple[Prompt, ...],
+) -> Job:
+    return Job(instrument, draft, setting, (), prompt_set=name, prompts=prompts)
+
+
+def _batches(rows: Sequence[T], size: int) -> Iterator[tuple[T, ...]]:
     for start in range(0, len(rows), size):
         yield tuple(rows[start : start + size])
 
@@ -140,26 +213,30 @@ def _check_draft(folder: Path, spec: TargetSpec, *, caches: Sequence[Cache]) -> 
 
 
 def _choose(
-    caches: dict[float, Cache], config: EvaluateConfig, spec: TargetSpec
-) -> dict[float, list[int]]:
-    """Temperature -> the sequences whose prompts are decoded: the same prompts at each."""
+    bench: Bench, caches: dict[Setting, Cache], spec: TargetSpec
+) -> dict[Setting, list[int]]:
+    """Setting -> the sequences whose prompts are decoded: the same prompts at each."""
+    config = bench.config
     first = next(iter(caches.values()))
     order = balanced(first.domains, config.decode_prompts)
     names = [first.ids[i] for i in order]
     chosen = {}
-    for t, cache in caches.items():
+    for setting, cache in caches.items():
         place = {name: index for index, name in enumerate(cache.ids)}
         lost = [name for name in names if name not in place]
         if lost:
             raise ResultError(
-                found=f"no rollout of the prompt {lost[0]} at T = {t:g}",
-                expected="rollouts of the same held-out prompts at every temperature",
+                found=f"no rollout of the prompt {lost[0]} at {setting.words}",
+                expected="rollouts of the same held-out prompts under every law",
                 todo="run dvc repro generate, and then capture",
             )
-        chosen[t] = [place[name] for name in names]
-        for record in cache.records(chosen[t], arrays={"tokens", "turn"}):
+        chosen[setting] = [place[name] for name in names]
+        for record in cache.records(chosen[setting], arrays={"tokens", "turn"}):
             _check_response(record)
-            if replayable(t):
+            length = len(split(record)[0])
+            space = {"new_tokens": room(config), "context_tokens": spec.context_tokens}
+            require_room(record.id, length, **space)
+            if bench.replayable(setting):
                 _check_length(record, config, spec)
     return chosen
 

@@ -1,7 +1,9 @@
 """A draft, teacher forced over cached rollouts: what every (anchor, depth) pair and round needs.
 
 Pure: a draft and a batch in, numbers out. Only log p of the emitted token enters the replay, so
-that a truncated cache cannot bias it; α̂ and its certified bounds read the stored law.
+that a truncated cache cannot bias it; α̂ and its certified bounds read the stored law. Under a
+served law (`pipeline.setting`) the rollouts and their log p are of that law, the stored laws at
+T = 1 and served here, the draft's logits too; greedy drafts are a point mass at argmax q.
 
 Dims: B sequences, T tokens, S depths, E rollouts, N remaining tokens (padded), Vd draft vocabulary.
 """
@@ -20,6 +22,9 @@ from pipeline.bounds import bounds
 from pipeline.draft import Draft
 from pipeline.law import DenseLaw, Law
 from pipeline.replay import Floats, Ints
+from pipeline.serve import serve_logits, serving_of
+from pipeline.serving import serve
+from pipeline.setting import Setting
 from pipeline.terms import terms
 
 POSITIONS = (1, 8, 32, 128, 512, 2048, np.inf)
@@ -27,6 +32,7 @@ POSITIONS = (1, 8, 32, 128, 512, 2048, np.inf)
 NATS = (0, 0.1, 0.5, 1, 2, 4, np.inf)
 """Edges of `strata` by entropy: near-certain tokens, chat models' mean of 0.5 to 1, hard ones."""
 
+ALPHAS = ("alpha", "alpha_lo", "alpha_hi")
 CHUNK_BYTES = 1 << 26  # of logits in float32: what is scored at once beside the draft's own output
 
 
@@ -39,12 +45,12 @@ class Scores:
     """T > 0: log q/p of the emitted token; T = 0: 0 where argmax q is that token, −inf elsewhere.
     −inf outside the pairs too."""
     alpha: dict[str, Floats]
-    """`alpha`, `alpha_lo`, `alpha_hi`: the unbiased estimate and the certified bounds, 0 outside
-    the pairs; empty at T = 0."""
+    """`alpha`, `alpha_lo`, `alpha_hi`: the estimate (unbiased at T = 1) and the certified bounds of
+    Σ min(p, q), which is p(argmax q) for greedy drafts; 0 outside the pairs, empty at T = 0."""
 
 
-def score(draft: Draft, batch: Batch, *, depth: int, temperature: float) -> Scores:
-    """Score `depth` depths at T = 0 or at the law of the cache (T = 1).
+def score(draft: Draft, batch: Batch, *, depth: int, setting: Setting, vocab_size: int) -> Scores:
+    """Score `depth` depths under the law whose rollouts the batch holds; V is the target's.
 
     A draft that shifts (`Draft.shifts`) is run once: depth k at anchor j is depth 0 at j + k.
     """
@@ -52,7 +58,7 @@ def score(draft: Draft, batch: Batch, *, depth: int, temperature: float) -> Scor
     shape = (depth, num_rows * num_tokens)
     pair = np.zeros(shape, dtype=np.bool_)
     logr = np.full(shape, -np.inf)
-    alpha = {n: np.zeros(shape) for n in ("alpha", "alpha_lo", "alpha_hi") if temperature > 0}
+    alpha = {n: np.zeros(shape) for n in ALPHAS if setting.temperature > 0}
     with torch.inference_mode():
         produced = draft.training_logits(batch, 1 if draft.shifts else depth)
         for k in range(depth):
@@ -63,7 +69,9 @@ def score(draft: Draft, batch: Batch, *, depth: int, temperature: float) -> Scor
                     grid[k, anchor] = grid[0, anchor + k]
                 continue
             logits = next(produced)
-            found = _pairs(logits, batch, depth=k, d2t=draft.d2t, greedy=temperature == 0)
+            found = _pairs(
+                logits, batch, depth=k, d2t=draft.d2t, setting=setting, vocab_size=vocab_size
+            )
             logr[k, anchor] = found["logr"]
             for name, grid in alpha.items():
                 grid[k, anchor] = found[name]
@@ -76,27 +84,50 @@ def score(draft: Draft, batch: Batch, *, depth: int, temperature: float) -> Scor
 
 
 def _pairs(
-    logits_NV: Tensor, batch: Batch, *, depth: int, d2t: Tensor | None, greedy: bool
+    logits_NV: Tensor,
+    batch: Batch,
+    *,
+    depth: int,
+    d2t: Tensor | None,
+    setting: Setting,
+    vocab_size: int,
 ) -> dict[str, Floats]:
     """The numbers of one depth's pairs, [N] each, a block of rows at a time."""
     pairs = batch.pairs(depth)
+    serving = serving_of(setting)
     found: dict[str, list[Tensor]] = {}
     block = max(1, CHUNK_BYTES // (4 * logits_NV.shape[1]))
     for start in range(0, len(pairs.token), block):
         rows = slice(start, start + block)
         logits, token = logits_NV[rows], pairs.token[rows]
-        if greedy:
+        if setting.temperature == 0:
             values = {"logr": match_logr(logits, token, d2t=d2t)}
         else:
+            logits = drafting_law(logits, setting)
             logq = token_logq(logits, token, d2t=d2t)
             values = {"logr": logq - pairs.logp[rows].double()}
-            assert batch.law is not None, "T = 1 is scored from caches of laws"
+            assert batch.law is not None, "T > 0 is scored from caches of laws"
             law = batch.law.take(pairs.row[rows])
-            values["alpha"] = terms(logits, law, d2t=d2t)[1]
-            values["alpha_lo"], values["alpha_hi"] = bounds(logits, law, d2t=d2t)
+            if serving is None:
+                values["alpha"] = terms(logits, law, d2t=d2t)[1]
+                values["alpha_lo"], values["alpha_hi"] = bounds(logits, law, d2t=d2t)
+            else:
+                served = serve(law, serving, vocab_size=vocab_size)
+                values["alpha"] = terms(logits, served.law, d2t=d2t)[1]
+                ends = served.alpha_bounds(logits, d2t=d2t)
+                values["alpha_lo"], values["alpha_hi"] = ends
         for name, value in values.items():
             found.setdefault(name, []).append(value.double())
     return {name: torch.cat(values).numpy(force=True) for name, values in found.items()}
+
+
+def drafting_law(logits_NV: Tensor, setting: Setting) -> Tensor:
+    """Logits of the law that drafts are drawn from: the draft's own, served, or its argmax."""
+    if setting.drafts == "greedy":
+        point_NV = torch.full_like(logits_NV, -torch.inf)
+        return point_NV.scatter_(1, logits_NV.argmax(-1, keepdim=True), 0.0)
+    serving = serving_of(setting)
+    return logits_NV if serving is None else serve_logits(logits_NV, serving)
 
 
 def token_logq(logits_NV: Tensor, token_N: Tensor, *, d2t: Tensor | None) -> Tensor:
@@ -189,8 +220,8 @@ def strata(scores: Scores, batch: Batch) -> list[dict[str, Any]]:
     """Sums of `depth_sums` over anchors of one kind: rows of `storage.tables.STRATA`, arm apart.
 
     An anchor's kind is that of its depth 0: the place of the drafted token in its response
-    (`POSITIONS`), and the entropy of the target's law there (`NATS`; T > 0 only, where laws are
-    stored). Joint acceptance of deeper depths is thus conditional on where the round starts.
+    (`POSITIONS`), and the entropy of the target's law at T = 1 there (`NATS`; T > 0 only, where
+    laws are stored). Joint acceptance of deeper depths is thus conditional on where a round starts.
     """
     turn = batch.turn.numpy(force=True)
     start = (turn >= 0) & (turn != np.pad(turn, ((0, 0), (1, 0)), constant_values=-1)[:, :-1])

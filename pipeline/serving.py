@@ -15,29 +15,18 @@ Knows no draft and no cache. Dims: R rows, V vocabulary, B rows of a block, E en
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from pipeline.bounds import LEAST, ROUNDING, Ends, bounds, ends, overlap
-from pipeline.config import Strict
 from pipeline.law import DenseLaw, Law, SparseLaw
+from pipeline.serve import Serving, plain, serve_logits
 
 BLOCK = 1 << 18
 """Padded entries at once: two dozen float64 arrays of 2 MB."""
 SPAN = 600.0
 """Largest logarithm of a scaled weight: e^600 beside 1 is all the mass, and is finite."""
-
-
-class Serving(Strict):
-    """How a law is changed before it is sampled."""
-
-    temperature: Annotated[float, Field(ge=0)]
-    """0: the most likely id"""
-    top_k: Annotated[int, Field(ge=1)] | None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None
 
 
 @dataclass(frozen=True)
@@ -78,42 +67,11 @@ def serve(law: Law, serving: Serving, *, vocab_size: int) -> Served:
     if isinstance(law, DenseLaw):
         logp = serve_logits(law.logp, serving).to(law.logp.dtype)
         return Served(DenseLaw(logp), known.to(law.logp.device), None)
-    serving = _plain(serving, vocab_size)
+    serving = plain(serving, vocab_size)
     if serving == Serving(temperature=1.0, top_k=None, top_p=None):
         return Served(law, known.to(law.p.device), ends(law))
     blocks = [_serve(grid, serving, vocab_size) for grid in _grids(law)]
     return _joined(blocks)
-
-
-def serve_logits(logits_NV: Tensor, serving: Serving) -> Tensor:
-    """[N, V] float64 log-probabilities of served full rows, −inf outside their support."""
-    serving = _plain(serving, logits_NV.shape[1])
-    logp_NV = (logits_NV.double() / serving.temperature).log_softmax(-1)
-    if serving.top_k is None and serving.top_p is None:
-        return logp_NV
-    falling = logits_NV.sort(dim=-1, descending=True, stable=True).indices
-    p_NV = logp_NV.gather(1, falling).exp()
-    if serving.top_k is not None:
-        p_NV[:, serving.top_k :] = 0.0
-    keep_NV = p_NV > 0
-    keep_NV[:, 0] = True  # the likeliest id of a law that float64 cannot add up
-    if serving.top_p is not None:
-        before_NV = p_NV.cumsum(-1) - p_NV
-        keep_NV &= before_NV < serving.top_p * p_NV.sum(-1, keepdim=True)
-    inside_NV = torch.zeros_like(keep_NV).scatter(1, falling, keep_NV)
-    return logp_NV.masked_fill(~inside_NV, -torch.inf).log_softmax(-1)
-
-
-def _plain(serving: Serving, vocab_size: int) -> Serving:
-    """The same law in fewer words: T = 0 is top-1, a cut that cuts nothing is none."""
-    temperature, top_k, top_p = serving.temperature, serving.top_k, serving.top_p
-    if temperature == 0:
-        return Serving(temperature=1.0, top_k=1, top_p=None)
-    return Serving(
-        temperature=float(temperature),
-        top_k=None if top_k is None or top_k >= vocab_size else top_k,
-        top_p=None if top_p == 1 else top_p,
-    )
 
 
 @dataclass(frozen=True)

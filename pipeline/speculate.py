@@ -2,8 +2,10 @@
 
 A round drafts γ tokens, passes [last committed, d_1 … d_γ] through the target once, keeps a prefix
 of the drafts and adds one token of the target's own (Leviathan et al. 2023, Chen et al. 2023; the
-residual law (p − q)₊). The first response token is the target's own sample from the prefill and
-belongs to no round. γ is the same for every round: the last one counts whole, as in
+residual law (p − q)₊). p and q are laws as served: temperature, then top-k, then top-p, of the
+target's logits and of the draft's alike; an argmax draft is a point mass q. The text follows the
+served p whatever q is (MATHS (60)). The first response token is the target's own sample from the
+prefill and belongs to no round. γ is the same for every round: the last one counts whole, as in
 `pipeline.replay`, but nothing is emitted beyond an end-of-sequence token or the length limit.
 
 Every random number comes in as `uniforms`, a row of them for each prompt, so that what a prompt
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from pipeline.draft import Context, Draft, State
 from pipeline.features import stored
+from pipeline.serve import Serving, serve_logits
 from pipeline.session import Session, Step
 from pipeline.target import Target
 
@@ -35,10 +38,12 @@ class Rules:
     gamma: int
     """γ, 0 for plain decoding."""
     temperature: float
-    """Of target and draft alike; 0 takes the argmax of both."""
+    """Of target and draft alike, as are the cuts below; 0 takes the argmax of both."""
     max_new_tokens: int
     """Length limit of a response, its first token included."""
     eos_ids: tuple[int, ...]
+    top_k: int | None = None
+    top_p: float | None = None
     drafting: Literal["sampled", "greedy"] = "sampled"
     """At T > 0: draft from q, or always argmax q (then q is a point mass)."""
     layers: tuple[int, ...] = ()
@@ -56,6 +61,13 @@ class Rules:
     def num_uniforms(self) -> int:
         """U: one for the first token, then 2γ + 1 a round (γ drafts, γ verdicts, one token)."""
         return 1 + max(self.max_new_tokens - 1, 0) * (2 * self.gamma + 1)
+
+    def law(self, logits: Tensor) -> Tensor:
+        """[..., V] float64: the law that is served where the model's logits are these, T > 0."""
+        if self.top_k is None and self.top_p is None:
+            return probabilities(logits, self.temperature)
+        serving = Serving(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+        return serve_logits(logits.flatten(0, -2), serving).exp().view(logits.shape)
 
 
 @dataclass(frozen=True)
@@ -245,9 +257,7 @@ class _Rows:
         if rules.temperature == 0:
             first_B = step.logits[:, -1].argmax(-1)
         else:
-            first_B = sample(
-                probabilities(step.logits[:, -1], rules.temperature), uniforms_BU[:, 0]
-            )
+            first_B = sample(rules.law(step.logits[:, -1]), uniforms_BU[:, 0])
         self._emit(first_B[:, None], torch.ones_like(first_B))
         self._leave()
 
@@ -268,7 +278,7 @@ class _Rows:
         if temperature == 0:
             accepted_B, next_B = verify_greedy(step.logits.argmax(-1), drafted_BG)
         else:
-            p_BGV = probabilities(step.logits, temperature)
+            p_BGV = self.rules.law(step.logits)
             accepted_B, next_B = verify(p_BGV, q_BGV, drafted_BG, draws[:, gamma:])
         self._remember(step, start_B)
         # column a takes the target's own token, those beyond it are never emitted
@@ -328,9 +338,8 @@ class _Rows:
     def _draft(self, uniforms_BG: Tensor) -> tuple[Tensor, Tensor]:
         """The drafts [B, γ] and, at T > 0, the laws they were drawn from [B, γ, V]."""
         vocab_size = self.target.spec.vocab_size
-        rows, temperature = len(self.length_B), self.rules.temperature
+        rows, sampled = len(self.length_B), self.rules.temperature > 0
         drafted_BG = self.tokens_BW.new_zeros(rows, self.rules.gamma)
-        sampled = temperature > 0
         q_BGV = uniforms_BG.new_zeros(rows, self.rules.gamma, vocab_size if sampled else 0)
         if self.draft is None:
             return drafted_BG, q_BGV
@@ -343,7 +352,7 @@ class _Rows:
                 column_B = logits_BV.argmax(-1)
                 q_BV = uniforms_BG.new_ones(rows, 1)
             else:
-                q_BV = probabilities(logits_BV, temperature)
+                q_BV = self.rules.law(logits_BV)
                 column_B = sample(q_BV, uniforms_BG[:, k])
             token_B = column_B if d2t is None else d2t[column_B]
             if sampled and point_mass:

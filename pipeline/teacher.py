@@ -27,6 +27,8 @@ from torch import Tensor
 from pipeline.features import encode_bf16, encode_int8
 from pipeline.interface import Head
 from pipeline.seeds import uniforms
+from pipeline.serve import Serving, serving_of, token_logp
+from pipeline.setting import Setting
 from pipeline.target import Target
 from pipeline.topk import Kept, Rule, chunk_elements, first_bad_row, truncate
 from storage.codecs import encode_p
@@ -279,6 +281,7 @@ class Pass:
             torch.from_numpy(tokens_BT[b_R, t_R + 1]),
             self._draws(rows, supervised_BT),
             name=lambda r: f"sequence {rows[b_R[r]]['id']!r}, position {t_R[r]}",
+            serving=served_law(rows[0]["law"]),
         )
         kept = self._features("hidden", features.hidden)
         kept |= self._features("last_hidden", last_hidden)
@@ -329,8 +332,12 @@ class Pass:
         uniform_RM: Tensor,
         *,
         name: Callable[[int], str],
+        serving: Serving | None,
     ) -> list[Tensors]:
-        """Numbers of R rows, reduced a chunk at a time; `TargetError` for no finite law."""
+        """Numbers of R rows, reduced a chunk at a time; `TargetError` for no finite law.
+
+        Laws are kept as at T = 1; `token_logp` alone is that of the law that was sampled.
+        """
         found = []
         size = max(1, logits_elements(last_hidden_RD.device) // self._layout.vocab_size)
         for first in range(0, max(1, len(token_R)), size):
@@ -352,6 +359,8 @@ class Pass:
                 law = dense_law(logits, token, logits=self._layout.mode == "full")
             else:
                 law = _tensors(truncate(logits, token, rule=self._rule, uniform_NM=draw))
+            if serving is not None:
+                law["token_logp"] = token_logp(logits, token, serving).float()
             found.append({key: _to_host(x) for key, x in law.items()})
         return found
 
@@ -372,6 +381,15 @@ class Pass:
         started = time.perf_counter()
         yield
         self._target_s += time.perf_counter() - started
+
+
+def served_law(law: str) -> Serving | None:
+    """How the law of a file of sequences changes the target's; None for T = 1, T = 0 and data."""
+    try:
+        setting = Setting.parse(law)
+    except ValueError:
+        return None
+    return serving_of(setting) if setting.temperature > 0 else None
 
 
 def check_head(head: Head, last_hidden_ND: Tensor, logits_NV: Tensor) -> None:

@@ -19,27 +19,34 @@ from pipeline.cluster import ClusterConfig, device, open_cluster
 from pipeline.config import load
 from pipeline.provenance import run
 from pipeline.target import home_of, read_head, read_spec
+from pipeline.teacher import served_law
 from storage.tables import SEQUENCES, read_table
 from storage.workspace import Workspace, file_digest, write_json
 
 TARGET, SEQUENCES_FOLDER = Path("target"), Path("sequences")
 CACHES = {split: Path(f"cache/{split}.zarr") for split in ("train", "heldout", "greedy")}
+SERVED = Path("cache/served")
+"""A cache for each law that `generate.laws` names, by the law's name; empty where there is none."""
 METRICS, TIMINGS = Path("metrics/capture.json"), Path("timings/capture.json")
 
 
 def main() -> None:
-    """Check the sequences, plan the parts, capture them, seal three caches."""
+    """Check the sequences, plan the parts, capture them, seal a cache for each split."""
     config: CaptureConfig = load("capture", CaptureConfig)
     cluster: ClusterConfig = load("cluster", ClusterConfig)
     spec = read_spec(TARGET)
     layout = layout_of(spec, config)
     files = {split: SEQUENCES_FOLDER / f"{split}.parquet" for split in CACHES}
+    served = {path.stem: path for path in sorted(SEQUENCES_FOLDER.glob("served/*.parquet"))}
+    caches = CACHES | {law: SERVED / f"{law}.zarr" for law in served}
+    files |= served
     tables = {split: read_table(path, SEQUENCES) for split, path in files.items()}
     laws = {split: law_of(tables[split], spec, path=path) for split, path in files.items()}
     digests = {split: file_digest(path) for split, path in files.items()}
     head = {"head": read_head(TARGET).digest} if layout.mode == "rebuild" else {}
     fingerprint = fingerprint_of(spec, config, digests | head)
-    outs = [*CACHES.values(), METRICS, TIMINGS]
+    outs = [*caches.values(), METRICS, TIMINGS]
+    SERVED.mkdir(parents=True, exist_ok=True)  # an out that is there, whatever it holds
     with Workspace("capture", fingerprint, outs=outs, keep_replaced=True) as workspace:
         if workspace.complete():
             print("capture: the caches are complete, of these parameters and inputs.")
@@ -49,7 +56,7 @@ def main() -> None:
                 table,
                 sequences=files[split],
                 sequences_digest=digests[split],
-                cache=workspace.path(CACHES[split]),
+                cache=workspace.path(caches[split]),
                 part_tokens=config.part_tokens,
             )
             for split, table in tables.items()
@@ -66,7 +73,7 @@ def main() -> None:
         wall_s = time.perf_counter() - started
         metrics = {
             split: seal_cache(
-                workspace.path(CACHES[split]),
+                workspace.path(caches[split]),
                 done[split],
                 job=job,
                 source={
@@ -74,12 +81,13 @@ def main() -> None:
                     "sequences": digests[split],
                     "split": split,
                     "law": laws[split],
+                    **({"token_law": laws[split]} if served_law(laws[split]) else {}),
                     "capture": fingerprint,
                     **head,
                 },
                 tokenizer=home_of(spec, TARGET) / "tokenizer.json",
             )
-            for split in CACHES
+            for split in caches
         }
         write_json(workspace.path(METRICS), metrics)
         write_json(workspace.path(TIMINGS), times(done, wall_s=wall_s))

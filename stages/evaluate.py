@@ -8,16 +8,17 @@ from typing import Any
 
 from pipeline.cluster import ClusterConfig, device, open_cluster
 from pipeline.config import load
-from pipeline.evaluate import EvaluateConfig, Job, Outcome, law_name, run_job
+from pipeline.evaluate import GREEDY, SAMPLED, EvaluateConfig, Job, Outcome, run_job
 from pipeline.matrix import Arm, Start, cell
 from pipeline.provenance import Progress, run
-from pipeline.schedule import open_bench, plan
+from pipeline.schedule import laws_with_rollouts, open_bench, plan
 from pipeline.summary import identical, merge_strata, speeds, summarise
 from storage.tables import DEPTHS, ROUNDS, STRATA, write_table
 from storage.workspace import Workspace, digest, write_json
 
-TARGET = Path("target")
-CACHES = {law_name(1): Path("cache/heldout.zarr"), law_name(0): Path("cache/greedy.zarr")}
+TARGET, SEQUENCES = Path("target"), Path("sequences/served")
+SERVED = Path("cache/served")
+CACHES = {SAMPLED.law: Path("cache/heldout.zarr"), GREEDY.law: Path("cache/greedy.zarr")}
 
 
 def main() -> None:
@@ -30,7 +31,8 @@ def main() -> None:
     arms = {name: arm for name, arm in every.items() if arm.start == key}
     models = {n: Path(f"drafts/{key}/{arm.objective}/model").resolve() for n, arm in arms.items()}
     drafts, decoding = list(models.values()), start.seed in config.decode_seeds
-    bench = open_bench(TARGET, CACHES, drafts, config=config, device=device(where))
+    rolled = {law: SERVED / f"{law}.zarr" for law in laws_with_rollouts(config, SEQUENCES)}
+    bench = open_bench(TARGET, CACHES | rolled, drafts, config=config, device=device(where))
     jobs = plan(bench, drafts, decode=decoding)
     if not decoding:  # a replay alone is over before workers have started
         where = where.model_copy(update={"workers": 1})
@@ -47,10 +49,12 @@ def main() -> None:
                 done.append((job, result))
                 line.add()
         metrics: dict[str, Any] = {}
-        seconds = speeds("plain", [found for job, found in done if job.draft is None])
+        plain = [found for job, found in done if job.draft is None]
+        seconds = speeds("plain", plain)
         for name, arm in arms.items():
             mine = [(job, found) for job, found in done if job.draft == models[name]]
             metrics[arm.objective] = _write_arm(workspace.path(tables), name, arm, mine)
+            metrics[arm.objective] |= identical([found for _, found in mine], plain)
             seconds |= speeds(arm.objective, [found for _, found in mine])
         write_json(workspace.path(metrics_file), metrics)
         write_json(workspace.path(times), seconds | {"seconds": perf_counter() - started})
@@ -68,7 +72,7 @@ def _write_arm(folder: Path, key: str, arm: Arm, done: list[tuple[Job, Outcome]]
     write_table(folder / f"{arm.objective}.strata.parquet", STRATA, [named | r for r in strata])
     traces = [row for _, found in done for row in found.traces]
     write_json(folder / f"{arm.objective}.traces.json", {"arm": key, "traces": traces})
-    return summarise(rounds, depths) | identical([found for _, found in done])
+    return summarise(rounds, depths)
 
 
 if __name__ == "__main__":

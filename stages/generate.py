@@ -20,6 +20,7 @@ from pipeline.generate import (
     count,
     data_responses,
     encode,
+    file_of,
     law_of,
     sequence_rows,
     served,
@@ -75,7 +76,7 @@ def main() -> None:
                 split: encode(some, tokenizer, left_out=left_out[split], **shared)
                 for split, some in chosen.items()
             }
-            prompts[GREEDY] = prompts[HELDOUT]
+            prompts |= dict.fromkeys([GREEDY, *config.laws], prompts[HELDOUT])
             started = time.perf_counter()
             if isinstance(config.engine, ServerConfig):
                 prompts, responses, worked_s, told = _serve(prompts, config, spec, tokenizer)
@@ -91,7 +92,7 @@ def main() -> None:
             }
         wall_s = time.perf_counter() - started
         for split, table in tables.items():
-            write_table(workspace.path(OUT) / f"{split}.parquet", SEQUENCES, table)
+            write_table(workspace.path(OUT) / file_of(split), SEQUENCES, table)
         metrics = _with_left_out(count(tables), left_out)
         write_json(workspace.path(METRICS), metrics | told)
         timings = times(metrics, wall_s=wall_s, worked_s=worked_s)

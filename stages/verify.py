@@ -27,17 +27,20 @@ def main() -> None:
     config: VerifyConfig = load("verify", VerifyConfig)
     cluster: ClusterConfig = load("cluster", ClusterConfig)
     spec = read_spec(TARGET)
-    caches = {split: _open(split, spec.fingerprint) for split in SPLITS}
+    served = [path.stem for path in sorted(Path("sequences/served").glob("*.parquet"))]
+    paths = CACHES | {law: Path(f"cache/served/{law}.zarr") for law in served}
+    files = SEQUENCES | {law: Path(f"sequences/served/{law}.parquet") for law in served}
+    caches = {split: _open(paths[split], files[split], spec.fingerprint) for split in paths}
     sources = {split: cache.source for split, cache in caches.items()}
     fingerprint = digest({"params": config.model_dump(), "caches": sources})
     with Workspace("verify", fingerprint, outs=[OUT]) as workspace:
-        units = choose(CACHES, SEQUENCES, config)
+        units = choose(paths, files, config)
         job = Job(
             folder=TARGET.absolute(),
             fingerprint=spec.fingerprint,
             device=device(cluster),
             config=config,
-            unigrams=unigrams(CACHES),
+            unigrams=unigrams(paths),
             identity=fingerprint,
         )
         with open_cluster(cluster, threads=config.threads, units=len(units)) as opened:
@@ -60,22 +63,22 @@ def main() -> None:
         workspace.publish()
 
 
-def _open(split: str, target: str) -> Cache:
+def _open(path: Path, sequences: Path, target: str) -> Cache:
     """A cache whose every file and array is sound; `CacheError` names the first thing that is not.
 
     Made from this target and these sequences, and with this LM head where that makes its laws, or
     it is a `FingerprintMismatch`.
     """
-    findings = check_cache(CACHES[split])
+    findings = check_cache(path)
     if findings:
         more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
         raise CacheError(
-            found=f"{CACHES[split]}: {findings[0]}{more}",
+            found=f"{path}: {findings[0]}{more}",
             expected="a cache as capture wrote it",
-            todo=f"remove {CACHES[split]} and run dvc repro, which captures it anew",
+            todo=f"remove {path} and run dvc repro, which captures it anew",
         )
-    expect = {"target": target, "sequences": file_digest(SEQUENCES[split])}
-    cache = Cache.open(CACHES[split], expect=expect)
+    expect = {"target": target, "sequences": file_digest(sequences)}
+    cache = Cache.open(path, expect=expect)
     if cache.layout.mode == "rebuild":
         check_source(cache.path, cache.source, {"head": read_head(TARGET).digest})
     return cache

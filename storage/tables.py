@@ -9,8 +9,8 @@ size, one codec.
 | `PROMPTS` | a prompt cut from a document of the same split, or given by the user |
 | `CONVERSATIONS` | the messages of a prompt that is a conversation |
 | `SEQUENCES` | a prompt with a response, as tokens |
-| `ROUNDS` | one prompt decoded (or replayed) by one arm at one temperature and γ |
-| `DEPTHS` | sums over one prompt's supervised anchors at one depth, by one arm and temperature |
+| `ROUNDS` | one prompt decoded (or replayed) by one arm under one law and γ |
+| `DEPTHS` | sums over one prompt's supervised anchors at one depth, by one arm and law |
 | `STRATA` | the same over all prompts' anchors of one kind: by place in the response, by entropy |
 """
 
@@ -49,7 +49,7 @@ SEQUENCES = pa.schema(
         ("domain", pa.string()),
         ("tokens", pa.list_(pa.uint32())),
         ("turn", pa.list_(pa.int32())),  # assistant turn of each token, -1 outside
-        ("law", pa.string()),  # "T=1", "T=0": the target's own sample of that law; "data": not
+        ("law", pa.string()),  # "T=1", "T=0.7,top_p=0.9": the target's own sample; "data": not
         ("finished", pa.bool_()),  # ended by an end-of-sequence token
     ]
 )
@@ -64,8 +64,12 @@ ARM = [
 ROUNDS = pa.schema(
     [
         *ARM,
-        ("instrument", pa.string()),  # "replay" (exact expectation) or "decode" (sampled)
+        ("instrument", pa.string()),  # "replay", … (exact expectations), "decode", "decode:<set>"
         ("temperature", pa.float64()),
+        (
+            "law",
+            pa.string(),
+        ),  # as served, and how drafts were drawn: "T=0.7,top_p=0.9,drafts=greedy"
         ("gamma", pa.int64()),
         ("prompt", pa.string()),
         ("domain", pa.string()),
@@ -73,12 +77,14 @@ ROUNDS = pa.schema(
         ("rounds", pa.float64()),  # target passes after the prefill; an expectation in replay
         ("drafted", pa.float64()),
         ("accepted", pa.float64()),
+        ("kept", pa.list_(pa.float64())),  # [gamma] rounds whose draft of depth k was emitted
     ]
 )
 DEPTHS = pa.schema(
     [
         *ARM,
         ("temperature", pa.float64()),
+        ("law", pa.string()),
         ("prompt", pa.string()),
         ("domain", pa.string()),
         ("depth", pa.int64()),  # k, 0 for the first drafted token
@@ -94,6 +100,7 @@ STRATA = pa.schema(
     [
         *ARM,
         ("temperature", pa.float64()),
+        ("law", pa.string()),
         ("by", pa.string()),  # "position" of the drafted token at k = 0 | "entropy" of its law
         ("lo", pa.float64()),  # lo <= position or nats < hi
         ("hi", pa.float64()),

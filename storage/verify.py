@@ -26,6 +26,8 @@ from storage.workspace import file_names
 # Σ kept p + tail mass is 1 up to the rounding of codes (summed exactly below) and of the float32
 # softmax they came from: a sum over 200k ids errs by some 1e-5.
 MASS_TOLERANCE = 1e-4
+SERVED = "token_law"
+"""In `source`: the law of `token_logp`, where that is not the law that is stored (FORMAT.md)."""
 # token_logp and topk_p of the same id come from one pass; this is the float32 slack around a cell.
 P_TOLERANCE = 1e-4
 # float16 log-probabilities near 0 round to at most this much above the exact value
@@ -73,7 +75,8 @@ def check_cache(path: Path, *, progress: Callable[[str], None] | None = None) ->
         except LkcacheError as error:
             findings.append(Finding(part.name, "", str(error)))
             continue
-        unsound = _part_findings(arrays, manifest.layout, part.counts["row"])
+        served = SERVED in manifest.source
+        unsound = _part_findings(arrays, manifest.layout, part.counts["row"], served=served)
         findings += [Finding(part.name, name, said) for name, said in unsound]
         if findings:
             continue  # the index cannot be cut from unsound offsets
@@ -100,8 +103,13 @@ def _file_findings(path: Path) -> Iterator[Finding]:
         yield Finding("", name, "is not in the manifest")
 
 
-def _part_findings(arrays: Arrays, layout: Layout, num_rows: int) -> Iterator[tuple[str, str]]:
-    """(array, what is wrong) of one decoded part; later checks rely on earlier ones."""
+def _part_findings(
+    arrays: Arrays, layout: Layout, num_rows: int, *, served: bool
+) -> Iterator[tuple[str, str]]:
+    """(array, what is wrong) of one decoded part; later checks rely on earlier ones.
+
+    `served`: the tokens are of another law than the one that is stored.
+    """
     found = list(_offset_findings(arrays))
     yield from found
     if found:
@@ -119,7 +127,7 @@ def _part_findings(arrays: Arrays, layout: Layout, num_rows: int) -> Iterator[tu
             if arrays[name].any():
                 yield name, f"counts entries in a cache of whole laws (mode {layout.mode})"
     else:
-        yield from _law_findings(arrays, rows)
+        yield from _law_findings(arrays, rows, served=served)
 
 
 def _offset_findings(arrays: Arrays) -> Iterator[tuple[str, str]]:
@@ -187,8 +195,13 @@ def _unsupervised_findings(arrays: Arrays, rows: NDArray[np.bool_]) -> Iterator[
             yield name, f"is not 0 at {surplus} unsupervised tokens"
 
 
-def _law_findings(arrays: Arrays, rows: NDArray[np.bool_]) -> Iterator[tuple[str, str]]:
-    """Each stored law must be one: distinct ids, mass 1, the emitted token's p consistent."""
+def _law_findings(
+    arrays: Arrays, rows: NDArray[np.bool_], *, served: bool
+) -> Iterator[tuple[str, str]]:
+    """Each stored law must be one: distinct ids, mass 1, the emitted token's p consistent.
+
+    Of `served` tokens p is not that of the stored law, and says nothing of it.
+    """
     num_tokens = len(rows)
     owner = np.repeat(np.arange(num_tokens), arrays["kept"])
     key = (owner.astype(np.uint64) << np.uint64(32)) | arrays["topk_ids"]
@@ -208,7 +221,8 @@ def _law_findings(arrays: Arrays, rows: NDArray[np.bool_]) -> Iterator[tuple[str
     empty = rows & (arrays["kept"] == 0) & (arrays["tail_kept"] == 0) & (arrays["token_logp"] == 0)
     if empty.any():
         yield "kept", f"{int(empty.sum())} supervised tokens hold no data"
-    yield from _emitted_findings(arrays, owner, p, error)
+    if not served:
+        yield from _emitted_findings(arrays, owner, p, error)
     yield from _order_findings(arrays, owner)
 
 

@@ -29,7 +29,7 @@ BREAKS = [
     ("verify", "max_tv: 2.0e-3", "max_tv: -1"),
     ("warmup", "loss: kl", "loss: tv"),
     ("train", "steps: 20", "steps: -20"),
-    ("evaluate", "temperatures: [0, 1]", "temperatures: [0, -1]"),
+    ("evaluate", "laws: [T=0, T=1]", "laws: [T=0, T=-1]"),
     ("report", "baseline: kl", "baseline: ce"),
     ("export", "dtype: float32", "dtype: float7"),
     ("cluster", "workers: 1", "workers: 0"),

@@ -91,6 +91,7 @@ def write_results(root: Path, world: World) -> list[Arm]:
                 for n, name in enumerate(names):
                     base = own | {
                         "temperature": t,
+                        "law": f"T={t:g}",
                         "gamma": gamma,
                         "prompt": name,
                         "domain": domains[n],
@@ -126,6 +127,7 @@ def _strata(own: Mapping[str, Any], laws: Sequence[float], *, alpha: float) -> l
         {
             **own,
             "temperature": t,
+            "law": f"T={t:g}",
             "by": kind,
             "lo": lo,
             "hi": hi,
@@ -151,7 +153,7 @@ def _traces(arm: str, prompt: str) -> dict[str, Any]:
     unseen = {"token": "z", "kept": False, **numbers}
     first = {"start": 1, "drafts": [refused, unseen], "token": "c", "p": 0.4, "emitted": 1}
     second = {"start": 2, "drafts": [kept, kept], "token": "d", "p": 0.0001, "emitted": 3}
-    row = {"prompt": prompt, "domain": "code", "temperature": 1.0, "gamma": 2}
+    row = {"prompt": prompt, "domain": "code", "temperature": 1.0, "law": "T=1", "gamma": 2}
     texts = {"prompt_text": "if x <", "text": "0 c a a d", "first": ["0"]}
     return {"arm": arm, "traces": [row | texts | {"rounds": [first, second]}]}
 
@@ -177,6 +179,7 @@ def _depths(
                 {
                     **own,
                     "temperature": t,
+                    "law": f"T={t:g}",
                     "prompt": name,
                     "domain": domains[n],
                     "depth": k,

@@ -28,6 +28,7 @@ from tests.targets import target_of
 
 CONFIG = GenerateConfig(
     engine="transformers",
+    laws=[],
     max_prompt_tokens=6,
     max_new_tokens=12,
     batch_sequences=4,

@@ -193,14 +193,30 @@ def run(
     return decode(target, draft, prompts, rules, uniforms_BU=uniforms)[0]
 
 
+def slowly_served(logits_NV: Tensor, rules: Rules) -> Tensor:
+    """Temperature, then top-k, then top-p, a row and a token at a time."""
+    rows = []
+    for row in torch.softmax(logits_NV.double() / rules.temperature, -1).tolist():
+        falling = sorted(range(len(row)), key=lambda v: (-row[v], v))[: rules.top_k]
+        goal = (rules.top_p or 1.0) * sum(row[v] for v in falling)
+        kept: list[int] = []
+        while falling and (not kept or sum(row[v] for v in kept) < goal):
+            kept.append(falling.pop(0))
+        total = sum(row[v] for v in kept)
+        rows.append([row[v] / total if v in kept else 0.0 for v in range(len(row))])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
 def exact_law(target: Target, prompt: Tensor, rules: Rules) -> dict[tuple[int, ...], float]:
     """Every response of at most `max_new_tokens` tokens with its probability."""
     vocab, length = target.spec.vocab_size, rules.max_new_tokens
     paths = torch.tensor(list(itertools.product(range(vocab), repeat=length)))
     rows = torch.cat([prompt.expand(len(paths), -1), paths], dim=1)
     logits = target.logits(target.forward(rows).last_hidden[:, len(prompt) - 1 : -1].flatten(0, 1))
-    p = torch.softmax(logits.double() / rules.temperature, -1).unflatten(0, paths.shape)
+    p = slowly_served(logits, rules).unflatten(0, paths.shape)
     p = p.gather(2, paths[..., None])[..., 0]
+    # a served law gives some paths no chance at all
+    paths, p = paths[(p > 0).all(1)], p[(p > 0).all(1)]
     law: dict[tuple[int, ...], float] = {}
     for path, chances in zip(paths.tolist(), p.tolist(), strict=True):
         end = next((i + 1 for i, x in enumerate(path) if x in rules.eos_ids), length)
@@ -250,6 +266,18 @@ CASES = {
     "greedy drafting": ("table", None, {"drafting": "greedy"}),
     "greedy drafting pruned": ("table", PRUNED, {"drafting": "greedy"}),
     "temperature 0.6": ("eagle3", None, {"temperature": 0.6}),
+    "temperature 1.6": ("medusa", None, {"temperature": 1.6}),
+    "top-k": ("eagle3", None, {"top_k": 3}),
+    "top-p": ("mlp", None, {"top_p": 0.8}),
+    "top-p pruned": ("mtp", PRUNED, {"top_p": 0.7, "temperature": 1.3}),
+    "temperature, top-k and top-p": ("lm", None, {"temperature": 1.4, "top_k": 4, "top_p": 0.9}),
+    "greedy drafting, top-p": ("medusa", None, {"drafting": "greedy", "top_p": 0.8}),
+    "greedy drafting, temperature and top-k": (
+        "lm",
+        None,
+        {"drafting": "greedy", "temperature": 0.7, "top_k": 3},
+    ),
+    "plain, top-p": ("none", None, {"temperature": 1.2, "top_p": 0.8}),
     "no end of sequence": ("table", None, {"eos_ids": (), "max_new_tokens": 3}),
     "two ends of sequence": ("table", None, {"eos_ids": (1, 3)}),
 }

@@ -59,6 +59,21 @@ def broken(path: str, value: Any) -> dict[str, Any]:
         ),
         ("capture.keep", "best", r"capture\.keep is 'best'; expected .*threshold"),
         ("generate.max_new_tokens", 500, r"sequences of 564 tokens; .*context_tokens, 512"),
+        (
+            "generate.laws",
+            ["T=0.7"],
+            r"generate\.laws names T=0\.7; expected laws that evaluate\.laws names too: T=0, T=1",
+        ),
+        (
+            "evaluate.prompt_sets",
+            {"own": {"path": "nowhere.jsonl", "layout": "auto", "max_prompts": None}},
+            r"evaluate\.prompt_sets\.own\.path names nowhere\.jsonl, which is no file",
+        ),
+        (
+            "evaluate.prompt_sets",
+            {"own": {"path": "x.jsonl", "layout": "alpaca", "max_prompts": None}},
+            r"evaluate\.prompt_sets\.own\.layout is 'alpaca'; expected input should be 'auto'",
+        ),
         ("report.baseline", "ce", r"report\.baseline is 'ce'; expected one of kl, tv"),
         ("report.gammas", [4, 9], r"report\.gammas asks for 9; expected at most evaluate\.depth"),
         ("cluster.workers", 0, r"cluster\.workers is 0; expected .*greater than"),

@@ -21,17 +21,19 @@ from pipeline.draft import find
 from pipeline.interface import Shape
 from pipeline.pin import Origin, pin
 from pipeline.seeds import uniforms
+from pipeline.setting import Setting
 from pipeline.speculate import Rules, decode
 from pipeline.target import Target, load_target, read_interface
 from pipeline.teacher import Pass
 from stages import evaluate
-from storage.errors import ConfigError, DraftError, FingerprintMismatch, ResultError
+from storage.errors import ConfigError, DataError, DraftError, FingerprintMismatch, ResultError
 from storage.reader import Cache
 from storage.record import Record
 from storage.tables import DEPTHS, ROUNDS, STRATA, read_table
 from storage.writer import seal, write_part
 
 V, NEW, NUM_PROMPTS = 64, 24, 60
+SERVED = "T=0.9,top_p=0.8"
 KINDS = {
     "lm": {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 32},
     "medusa": {"num_heads": 3, "num_layers": 1},
@@ -52,21 +54,25 @@ PARAMS = read_params(ROOT / "params.yaml")
 def write_target(folder: Path, model: Any) -> Target:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(V)}, unk_token="w1"))
+    words.pre_tokenizer = WhitespaceSplit()
     model.save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0").save_pretrained(folder)
     pin(folder, folder, origin=Origin("embedded", "."))
     return load_target(folder)
 
 
-def roll_out(target: Target, temperature: float, *, seed: int = 2) -> list[dict[str, Any]]:
+def roll_out(
+    target: Target, temperature: float, *, seed: int = 2, **cuts: Any
+) -> list[dict[str, Any]]:
     """The target's own responses, as the table of sequences has them."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, 9, (NUM_PROMPTS,), generator=generator).tolist()
     prompts = [torch.randint(1, V, (n,), generator=generator) for n in lengths]
-    rules = Rules(gamma=0, temperature=temperature, max_new_tokens=NEW, eos_ids=(0,))
+    rules = Rules(gamma=0, temperature=temperature, max_new_tokens=NEW, eos_ids=(0,), **cuts)
     drawn = torch.stack([uniforms(seed, i, n=rules.num_uniforms) for i in range(NUM_PROMPTS)])
     decoded, _ = decode(target, None, prompts, rules, uniforms_BU=drawn)
     return [
@@ -131,7 +137,7 @@ def write_params(folder: Path, **evaluate: Any) -> None:
         "decode_new_tokens": 20,
         "decode_batch": 30,
         "trace_prompts": 3,
-        "temperatures": [0, 1],
+        "laws": ["T=0", "T=1"],
     } | evaluate
     params["cluster"]["workers"] = 1
     cell = {"seed": 0, "objectives": ["kl"]}
@@ -160,6 +166,11 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any) -> Path:
     records = write_cache(folder / "cache/train.zarr", target, learned, law="T=1")
     write_cache(folder / "cache/heldout.zarr", target, roll_out(target, 1.0), law="T=1")
     write_cache(folder / "cache/greedy.zarr", target, roll_out(target, 0.0), law="T=0")
+    served = roll_out(target, 0.9, top_p=0.8)
+    write_cache(folder / f"cache/served/{SERVED}.zarr", target, served, law=SERVED)
+    # what tells evaluate that the law was rolled out; generate writes it
+    (folder / "sequences/served").mkdir(parents=True)
+    (folder / f"sequences/served/{SERVED}.parquet").touch()
     for kind in KINDS:
         write_draft(folder / f"drafts/{kind}-0/kl/model", kind, target, records)
     write_params(folder)
@@ -351,11 +362,240 @@ def test_other_seeds_are_replayed_only(apart: Path, monkeypatch: pytest.MonkeyPa
 def test_a_law_without_rollouts_is_decoded_only(
     apart: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_params(apart, temperatures=[0.7], decode_prompts=6)
+    write_params(apart, laws=["T=0.7"], decode_prompts=6)
     run_stage("medusa", monkeypatch)
     rows = read_table(Path("results/medusa-0/arms/kl.rounds.parquet"), ROUNDS)
     assert {(row["instrument"], row["temperature"]) for row in rows} == {("decode", 0.7)}
     assert {row["domain"] for row in rows} == {"code", "prose", "maths"}
+
+
+LAWS = [SERVED, "T=1,drafts=greedy", f"{SERVED},drafts=greedy", "T=1.2,top_k=8"]
+
+
+@pytest.fixture(scope="module")
+def served(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project, whose eagle3 was evaluated under laws that are not plain."""
+    folder = tmp_path_factory.mktemp("served")
+    shutil.copytree(project, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".scratch"))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        write_params(folder, laws=["T=1", *LAWS])
+        run_stage("eagle3", monkeypatch)
+    return folder
+
+
+def by_prompt(folder: Path, instrument: str, law: str, gamma: int = 4) -> list[dict[str, Any]]:
+    rows = read_table(folder / "results/eagle3-0/arms/kl.rounds.parquet", ROUNDS)
+    key = (instrument, law, gamma)
+    mine = [r for r in rows if (r["instrument"], r["law"], r["gamma"]) == key]
+    return sorted(mine, key=lambda r: str(r["prompt"]))
+
+
+@pytest.mark.parametrize("law", LAWS[:3])
+def test_a_served_law_is_replayed_and_decoded_alike(served: Path, law: str) -> None:
+    """τ of other samples of the same prompts, within 3.3 standard errors (1 in 1000)."""
+    tau, variance = [], 0.0
+    for name in ("replay_decode", "decode"):
+        rows = by_prompt(served, name, law)
+        assert len(rows) == 45
+        tokens, rounds = (np.array([r[c] for r in rows]) for c in ("tokens", "rounds"))
+        tau.append(tokens.sum() / rounds.sum())
+        variance += (tokens - tau[-1] * rounds).var() * len(rows) / rounds.sum() ** 2
+    assert abs(tau[1] - tau[0]) <= 3.3 * variance**0.5
+    assert tau[0] > 1.05
+    assert len(by_prompt(served, "replay_block", law)) == NUM_PROMPTS
+
+
+def test_a_law_that_was_not_rolled_out_is_decoded_only_beside_those_that_were(served: Path) -> None:
+    assert len(by_prompt(served, "decode", LAWS[3])) == 45
+    assert not by_prompt(served, "replay", LAWS[3])
+
+
+def test_three_acceptances_are_named_apart(served: Path) -> None:
+    """α, p(argmax q) with its bounds, and (at T = 0) the match: no name stands for another."""
+    metrics = json.loads((served / "results/eagle3-0/metrics.json").read_text())["kl"]
+    assert set(metrics) == {"T=1", *LAWS}
+    for law in LAWS[:3]:
+        greedy = law.endswith("drafts=greedy")
+        name, other = ("p_argmax_q", "alpha") if greedy else ("alpha", "p_argmax_q")
+        assert other not in metrics[law]
+        for depth, value in metrics[law][name].items():
+            lo, hi = metrics[law][f"{name}_lo"][depth], metrics[law][f"{name}_hi"][depth]
+            assert lo - 1e-6 <= value <= hi + 1e-6
+        # the mean over tokens that came estimates the same as the mean over whole laws
+        assert abs(metrics[law]["accept"]["0"] - metrics[law][name]["0"]) < 0.05
+    # argmax q meets the likelier tokens, a draw from q the overlap of the laws
+    assert metrics["T=1,drafts=greedy"]["p_argmax_q"]["0"] != metrics["T=1"]["alpha"]["0"]
+
+
+def test_a_greedy_draft_is_kept_where_it_is_the_token_that_came(served: Path) -> None:
+    """Given the rollout, an argmax draft is kept just where argmax q is the rollout's token."""
+    from pipeline.checkpoint import load_draft
+    from pipeline.score import score
+
+    cache = Cache.open(served / f"cache/served/{SERVED}.zarr")
+    batch = collate(cache.records(range(5)), cache.layout)
+    interface, shape = read_interface(served / "target"), Shape(vocab_size=V, hidden_size=32)
+    draft = load_draft(served / "drafts/eagle3-0/kl/model", interface, shape)
+    for name in (SERVED, "T=1"):
+        setting = Setting.parse(f"{name},drafts=greedy")
+        scores = score(draft, batch, depth=2, setting=setting, vocab_size=V)
+        with torch.no_grad():
+            logits = list(draft.training_logits(batch, 2))
+        for k in range(2):
+            pairs = batch.pairs(k)
+            assert draft.d2t is not None
+            match = draft.d2t[logits[k].argmax(-1)] == pairs.token
+            accept = np.exp(np.minimum(scores.logr[k].ravel()[pairs.anchor.numpy()], 0))
+            np.testing.assert_array_equal(accept, match.double().numpy())
+
+
+def test_rollouts_of_a_served_law_carry_its_log_probabilities(served: Path) -> None:
+    target = load_target(served / "target")
+    record = Cache.open(served / f"cache/served/{SERVED}.zarr").records([3])[0]
+    tokens = torch.from_numpy(record.tokens.astype(np.int64))
+    with torch.no_grad():
+        logits = target.logits(target.forward(tokens[None]).last_hidden[0]).double()
+    for t in np.flatnonzero((record.turn[1:] >= 0) & (record.turn[:-1] == record.turn[1:])):
+        p = torch.softmax(logits[t] / 0.9, -1)
+        falling = p.sort(descending=True)
+        size = int((falling.values.cumsum(0) < 0.8).sum()) + 1
+        inside = falling.values[:size]
+        assert int(tokens[t + 1]) in falling.indices[:size].tolist()
+        wanted = float((p[tokens[t + 1]] / inside.sum()).log())
+        assert record.token_logp[t] == pytest.approx(wanted, abs=1e-5)
+
+
+def write_sets(folder: Path) -> dict[str, Any]:
+    """A file in MT-Bench's layout and one of one's own; returns the parameter."""
+    turns = [["w3 w4 w5", "w9"], ["w7"], ["w8 w2 w2 w6"], ["w11 w12"], ["w13"]]
+    questions = [
+        {"question_id": 81 + i, "category": ("writing", "math")[i % 2], "turns": given}
+        for i, given in enumerate(turns)
+    ]
+    own = [{"prompt": f"w{i} w{i + 1}", "id": f"own-{i}", "domain": "shop"} for i in range(5, 9)]
+    for name, rows in (("question", questions), ("own", own)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {
+        "mt_bench": {"path": "question.jsonl", "layout": "mt_bench", "max_prompts": 4},
+        "own": {"path": "own.jsonl", "layout": "plain", "max_prompts": None},
+    }
+
+
+def test_prompt_sets_are_decoded_beside_the_heldout_prompts(
+    apart: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = write_sets(apart)
+    write_params(apart, prompt_sets=sets, decode_batch=3, decode_prompts=6, trace_prompts=0)
+    run_stage("lm", monkeypatch)
+    rows = read_table(Path("results/lm-0/arms/kl.rounds.parquet"), ROUNDS)
+    for law in ("T=0", "T=1"):
+        mt, own = (
+            {r["prompt"]: r for r in rows if (r["instrument"], r["law"]) == (f"decode:{name}", law)}
+            for name in sets
+        )
+        # four of five, the categories in turn
+        assert sorted(mt) == [f"mt_bench/{n}" for n in (81, 82, 83, 84)]
+        assert {r["domain"] for r in mt.values()} == {"writing", "math"}
+        assert sorted(own) == [f"own/own-{i}" for i in range(5, 9)]
+        assert {r["domain"] for r in own.values()} == {"shop"}
+    assert sum(r["instrument"] == "decode" for r in rows) == 12
+    metrics = json.loads(Path("results/lm-0/metrics.json").read_text())["kl"]
+    for name in ("greedy_identical", "greedy_identical mt_bench", "greedy_identical own"):
+        assert metrics[name] == 1
+    assert metrics["T=1"]["tau"]["decode:mt_bench"]["4"] > 1
+    times = json.loads(Path("timings/evaluate-lm-0.json").read_text())
+    assert times["plain T=0 on own tokens_per_s"] > 0
+    assert times["kl T=1 on mt_bench tokens_per_s"] > 0
+
+
+def test_a_set_is_decoded_as_its_prompts_say(apart: Path) -> None:
+    """The first turn's ids, through the target: the text of plain greedy decoding."""
+    from pipeline.evaluate import EvaluateConfig, run_job
+    from pipeline.schedule import open_bench, plan
+
+    write_params(apart, prompt_sets=write_sets(apart), laws=["T=0"])
+    config = EvaluateConfig(**read_params()["evaluate"])
+    bench = open_bench(evaluate.TARGET, evaluate.CACHES, [], config=config, device="cpu")
+    jobs = [job for job in plan(bench, [], decode=True) if job.prompt_set == "mt_bench"]
+    texts = {name: text for job in jobs for name, text in run_job(bench, job).texts.items()}
+    target = load_target(apart / "target")
+    for name, ids in (("mt_bench/81", [3, 4, 5]), ("mt_bench/82", [7])):
+        for token in texts[name]:
+            with torch.no_grad():
+                logits = target.logits(target.forward(torch.tensor([ids])).last_hidden[0, -1:])
+            assert token == int(logits.argmax())
+            ids = [*ids, token]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", r"set.jsonl is empty; expected at least one row; correct evaluate.prompt_sets.mine"),
+        (
+            json.dumps({"prompt": "w3 " * 240, "id": "long"}),
+            (
+                r"prompt 'mine/long' of 240 tokens, and up to 23 of a response and its last "
+                "round; expected at most the target's context of 256 tokens together"
+            ),
+        ),
+        (
+            json.dumps({"messages": [{"role": r, "content": "w3"} for r in ("system", "user")]}),
+            (
+                r"prompt 'mine/.*' of 2 messages \(system, user\); expected one user turn, since "
+                "the target has no chat template"
+            ),
+        ),
+        ('{"prompt": 7}', r"set.jsonl, line 1 has prompt 7; expected text that is not blank"),
+        (None, r"no file set.jsonl; expected the prompts that evaluate.prompt_sets.mine names"),
+    ],
+    ids=["empty", "long", "no template", "bad line", "no file"],
+)
+def test_prompts_that_cannot_be_decoded_are_refused_before_a_model_loads(
+    apart: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, sentence: str
+) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("pipeline.evaluate.resident_target", load)
+    if text is not None:
+        Path("set.jsonl").write_text(text)
+    mine = {"path": "set.jsonl", "layout": "auto", "max_prompts": None}
+    write_params(apart, prompt_sets={"mine": mine})
+    with pytest.raises(DataError, match=sentence):
+        run_stage("lm", monkeypatch)
+
+
+def test_heldout_prompts_without_room_in_the_context_are_refused(
+    project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    target = load_target(project / "target")
+    tokens = torch.randint(1, V, (254,), generator=torch.Generator().manual_seed(0)).tolist()
+    row = {"domain": "code", "tokens": tokens, "turn": [-1] * 240 + [0] * 14}
+    rows = [row | {"id": name} for name in ("p0", "p1")]
+    write_cache(tmp_path / "long.zarr", target, rows, law="T=1")
+    monkeypatch.setitem(evaluate.CACHES, "T=1", tmp_path / "long.zarr")
+    write_params(project, laws=["T=1"])
+    with pytest.raises(DataError, match="prompt 'p0' of 240 tokens, and up to 23 of a response"):
+        run_stage("lm", monkeypatch)
+
+
+def test_joint_and_conditional_acceptance_are_counted_by_round(scored: Path) -> None:
+    """At T = 0 the same of replay and decoding, prompt by prompt, and summed in the metrics."""
+    predicted, measured = (rounds_of("eagle3", name, 0.0) for name in ("replay_decode", "decode"))
+    for prompt, row in measured.items():
+        assert row["kept"] == pytest.approx(predicted[prompt]["kept"], abs=1e-9)
+        assert sum(row["kept"]) == row["accepted"]
+    metrics = json.loads(Path("results/eagle3-0/metrics.json").read_text())["kl"]["T=0"]["kept"]
+    assert metrics["decode"] == metrics["replay_decode"]
+    joint, conditional = metrics["decode"]["joint"], metrics["decode"]["conditional"]
+    rounds = sum(row["rounds"] for row in measured.values())
+    product = 1.0
+    for k in range(4):
+        share = sum(row["kept"][k] for row in measured.values()) / rounds
+        assert joint[str(k)] == pytest.approx(share, abs=1e-6)
+        product *= conditional[str(k)]
+        assert product == pytest.approx(share, abs=1e-5)
 
 
 def test_a_replay_never_imports_transformers() -> None:
@@ -366,10 +606,14 @@ def test_a_replay_never_imports_transformers() -> None:
 def test_bad_sections_are_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for bad, sentence in (
         (
-            {"temperatures": []},
-            r"evaluate.temperatures is \[\]; expected list should have at least 1",
+            {"laws": []},
+            r"evaluate.laws is \[\]; expected list should have at least 1",
         ),
-        ({"temperatures": [-1]}, "expected input should be greater than or equal to 0"),
+        (
+            {"laws": ["T=-1"]},
+            r"evaluate.laws.0 is 'T=-1'; expected a name of T=<temperature>, then",
+        ),
+        ({"laws": ["T=1", "T=1.0"]}, "evaluate.laws is .*; expected each law once"),
         ({"depth": 3}, r"evaluate is not consistent; expected decode_gamma of at most depth \(3\)"),
         ({"decode_new_tokens": 1}, "evaluate.decode_new_tokens is 1; .* greater than 1"),
         ({"features": "bf16"}, "evaluate.features is 'bf16'; expected input should be 'cache'"),
@@ -489,7 +733,7 @@ def test_a_rollout_is_replayed_as_the_decoder_would_cut_it(project: Path) -> Non
         interface = read_interface(project / "target")
         draft = load_draft(project / f"drafts/{kind}-0/kl/model", interface, shape)
         with torch.no_grad():
-            scores = score(draft, batch, depth=4, temperature=1)
+            scores = score(draft, batch, depth=4, setting=Setting(1.0), vocab_size=V)
             logits = list(draft.training_logits(batch, 1 if kind == "lm" else 4))
         found = rollouts(scores, batch, max_new_tokens=9)
         assert found.remaining.tolist() == [

@@ -18,7 +18,7 @@ from pipeline.sampling import Prompt, sample
 from pipeline.seeds import uniforms
 from pipeline.target import Target, load_target
 from stages.generate import main
-from storage.errors import TargetError
+from storage.errors import ConfigError, TargetError
 from storage.tables import SEQUENCES, read_table
 from storage.workspace import tree_digest
 from tests.pipeline.test_server import Fake
@@ -188,3 +188,30 @@ def test_transformers_serve_answers_and_its_texts_train_but_never_replay(
     assert told["failed"] == {split: [] for split in SPLITS}
     # a random target writes bytes that are no text: the drift is seen
     assert told["drifted"] > 0
+
+
+def test_a_server_answers_under_further_laws(here: Path, fake: Fake) -> None:
+    law = "T=0.7,top_p=0.9"
+    engine = {**SERVER, "url": fake.url}
+    write_params(here, generate={"engine": engine, "laws": [law]})
+    main()
+    rows = read_table(here / f"sequences/served/{law}.parquet", SEQUENCES)
+    assert {row["law"] for row in rows} == {law}
+    assert [row["id"] for row in rows] == [row["id"] for row in tables(here)["heldout"]]
+    asked = [b for b in fake.bodies if (b.get("temperature"), b.get("top_p")) == (0.7, 0.9)]
+    assert len(asked) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("engine", "law", "sentence"),
+    [
+        (SERVER, "T=1,top_k=9", "expected laws without top_k=, which no server is asked for"),
+        ({**SERVER, "protocol": "text"}, "T=0.7", r"expected laws: \[\] with protocol text, whose"),
+    ],
+)
+def test_laws_that_a_server_cannot_give_are_refused(
+    here: Path, engine: dict[str, Any], law: str, sentence: str
+) -> None:
+    write_params(here, generate={"engine": {**engine, "url": "http://127.0.0.1:9"}, "laws": [law]})
+    with pytest.raises(ConfigError, match=sentence):
+        main()

@@ -18,6 +18,7 @@ from pipeline.evaluate import EvaluateConfig, Job, run_job
 from pipeline.law import DenseLaw
 from pipeline.loss import find
 from pipeline.schedule import open_bench
+from pipeline.setting import Setting
 from pipeline.target import INTERFACE, load_target, read_head
 from pipeline.train import FitConfig, Fitted, fit_from_cache, open_inputs
 from stages import capture, generate, verify
@@ -139,7 +140,8 @@ def test_a_draft_trains_to_nearly_the_same_from_either(here: Path, tmp_path: Pat
         save_draft(folder, draft, config=section, meta=inputs.source, shape=inputs.shape)
         caches = {"T=1": Path(mode, "heldout.zarr"), "T=0": Path(mode, "greedy.zarr")}
         bench = open_bench(Path("target"), caches, [folder], config=evaluate, device="cpu")
-        outcomes = [run_job(bench, Job("replay", folder, t, (0, 1, 2, 3))) for t in (1, 0)]
+        laws = Setting(1.0), Setting(0.0)
+        outcomes = [run_job(bench, Job("replay", folder, law, (0, 1, 2, 3))) for law in laws]
         assert all(outcome.rounds for outcome in outcomes)
         rows = outcomes[0].depths
         assert all(row["alpha_lo"] <= row["alpha"] <= row["alpha_hi"] + 1e-6 for row in rows)
