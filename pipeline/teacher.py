@@ -14,7 +14,7 @@ L captured layers, D width. Sources: DESIGN §5; storage/record.py for what a ro
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -28,7 +28,7 @@ from pipeline.features import encode_bf16, encode_int8
 from pipeline.interface import Head
 from pipeline.seeds import uniforms
 from pipeline.target import Target
-from pipeline.topk import Kept, Rule, chunk_elements, first_bad_row, truncate
+from pipeline.topk import Kept, Rule, chunk_elements, normaliser, tile_elements, truncate
 from storage.codecs import encode_p
 from storage.errors import TargetError
 from storage.layout import Layout
@@ -85,9 +85,9 @@ def dense_law(logits_NV: Tensor, token_N: Tensor, *, logits: bool) -> Tensors:
     """What a cache of whole laws keeps of N rows: log p of what follows, and all of it in bfloat16.
 
     Normalised before they are rounded: that errs six times less than rounded logits
-    (reference/prototype.md §4). A chunk at a time, as `topk.truncate`.
+    (reference/prototype.md §4). A tile at a time, as `topk.truncate`.
     """
-    rows = max(1, chunk_elements(logits_NV.device) // logits_NV.shape[1])
+    rows = max(1, tile_elements(logits_NV.device) // logits_NV.shape[1])
     chunks = [
         _dense_chunk(logits_CV, token_C, logits=logits)
         for logits_CV, token_C in zip(logits_NV.split(rows), token_N.split(rows), strict=True)
@@ -96,13 +96,12 @@ def dense_law(logits_NV: Tensor, token_N: Tensor, *, logits: bool) -> Tensors:
 
 
 def _dense_chunk(logits_CV: Tensor, token_C: Tensor, *, logits: bool) -> Tensors:
-    logp_CV = torch.log_softmax(logits_CV.float(), -1)
-    kept = {"logits": encode_bf16(logp_CV)} if logits else {}
-    return {
-        "token_logp": logp_CV.gather(1, token_C[:, None])[:, 0],
-        "entropy": -(logp_CV.exp() * logp_CV).sum(-1),
-        **kept,
-    }
+    lse_C, entropy_C = normaliser(logits_CV)
+    token_logp_C = logits_CV.gather(1, token_C[:, None])[:, 0] - lse_C
+    found = {"token_logp": token_logp_C.float(), "entropy": entropy_C.float()}
+    if logits:
+        found["logits"] = encode_bf16(torch.log_softmax(logits_CV.float(), -1))
+    return found
 
 
 def encode(law: Columns) -> Columns:
@@ -278,7 +277,6 @@ class Pass:
             last_hidden[at_b, at_t],
             torch.from_numpy(tokens_BT[b_R, t_R + 1]),
             self._draws(rows, supervised_BT),
-            name=lambda r: f"sequence {rows[b_R[r]]['id']!r}, position {t_R[r]}",
         )
         kept = self._features("hidden", features.hidden)
         kept |= self._features("last_hidden", last_hidden)
@@ -303,7 +301,9 @@ class Pass:
         if flight.arrived is not None:
             flight.arrived.synchronize()
         chunks = [{name: x.numpy() for name, x in chunk.items()} for chunk in flight.law]
-        law = encode({name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]})
+        joined = {name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]}
+        _require_finite(joined["entropy"], flight)
+        law = encode(joined)
         self._entropy += float(law.pop("entropy").sum(dtype=np.float64))
         lengths = [len(row["tokens"]) for row in flight.rows]
         b_R = flight.supervised.nonzero()[0]
@@ -327,24 +327,16 @@ class Pass:
         last_hidden_RD: Tensor,
         token_R: Tensor,
         uniform_RM: Tensor,
-        *,
-        name: Callable[[int], str],
     ) -> list[Tensors]:
-        """Numbers of R rows, reduced a chunk at a time; `TargetError` for no finite law."""
+        """Numbers of R rows, reduced a chunk at a time."""
         found = []
         size = max(1, logits_elements(last_hidden_RD.device) // self._layout.vocab_size)
         for first in range(0, max(1, len(token_R)), size):
             chunk = slice(first, first + size)
             with self._timed():
                 logits = self._target.logits(last_hidden_RD[chunk])
-                bad = first_bad_row(logits)
-            if bad is not None:
-                raise TargetError(
-                    found=f"the target's logits at {name(first + bad)} are NaN or infinite",
-                    expected="finite logits",
-                    todo="check the target's weights, or load it in a wider dtype (target.dtype)",
-                )
-            if self._head is not None and len(logits):
+            # logits that are not finite are `_land`'s to name
+            if self._head is not None and len(logits) and bool(logits.isfinite().all()):
                 check_head(self._head, last_hidden_RD[chunk], logits)
                 self._head = None  # once a pass: a head is right or wrong for all rows
             token, draw = token_R[chunk].to(logits.device), uniform_RM[chunk].to(logits.device)
@@ -372,6 +364,23 @@ class Pass:
         started = time.perf_counter()
         yield
         self._target_s += time.perf_counter() - started
+
+
+def _require_finite(entropy_R: NDArray[np.floating], flight: _Flight) -> None:
+    """`TargetError` names the first position whose logits are not all finite.
+
+    Asked of the entropy when it has arrived: the device need not wait, nor pass over them again.
+    """
+    bad_R = ~np.isfinite(entropy_R)
+    if bad_R.any():
+        b_R, t_R = flight.supervised.nonzero()
+        first = int(bad_R.argmax())
+        raise TargetError(
+            found=f"the target's logits at sequence {flight.rows[b_R[first]]['id']!r}, position "
+            f"{t_R[first]} are NaN or infinite",
+            expected="finite logits",
+            todo="check the target's weights, or load it in a wider dtype (target.dtype)",
+        )
 
 
 def check_head(head: Head, last_hidden_ND: Tensor, logits_NV: Tensor) -> None:
