@@ -32,7 +32,7 @@ from pipeline.certificate import (
 from pipeline.cluster import Cluster
 from pipeline.config import Strict
 from pipeline.dataset import collate, supervised_counts
-from pipeline.law import Law
+from pipeline.law import DenseLaw, Law
 from pipeline.provenance import Progress
 from pipeline.seeds import rng
 from pipeline.target import Target, resident_target
@@ -109,7 +109,7 @@ class Found:
 
     errors: Errors
     certificate: Certificate
-    """Of no draft where nothing of a law is stored."""
+    """Of no draft where nothing is supervised."""
 
 
 @dataclass(frozen=True)
@@ -284,8 +284,8 @@ def replay(
         stored = _stored(record, kind)
         if stored is not None and x is not None:
             errors[kind] = _relative(*stored, x[0].double().cpu().numpy())
-    law = _stored_law(record, layout, str(target.device))
-    row_C = _spread_rows(record) if law is not None else np.zeros(0, np.int64)
+    law, row_C = _stored_law(record, layout, str(target.device)), _spread_rows(record)
+    position_R = supervised(record.turn).nonzero()[0]
     parts: list[Certificate] = []
     first, rebuild = 0, layout.mode == "rebuild"
     last_hidden_TD = features.last_hidden[0]
@@ -293,20 +293,35 @@ def replay(
         for kind, error_C in found.items():
             errors.setdefault(kind, np.zeros(len(record.tokens)))[at_C] = error_C
         own = torch.from_numpy(row_C[(row_C >= first) & (row_C < first + len(at_C))])
-        if law is not None and len(own):
+        if len(own):
             logp_NV = logp_CV[(own - first).to(logp_CV.device)]
             drafts = reference_drafts(logp_NV, torch.from_numpy(unigram_V))
-            parts.append(certify(logp_NV, law.take(own.to(logp_CV.device)), drafts))
+            if law is None:
+                stored = _rebuilt_law(target, record, position_R[own], last_hidden_TD)
+            else:
+                stored = law.take(own.to(logp_CV.device))
+            parts.append(certify(logp_NV, stored, drafts))
         first += len(at_C)
-    position_R = supervised(record.turn).nonzero()[0]
     return Replayed(errors, joined(parts), position_R[row_C].tolist())
 
 
 def _stored_law(record: Record, layout: Layout, device: str) -> Law | None:
-    """The law of the supervised rows as training reads it; None where rows hold no logits."""
-    if layout.mode not in ("topk", "full"):
+    """The law of the supervised rows as training reads it; None where it is made of states."""
+    if layout.mode == "rebuild":
         return None
     return collate([replace(record, hidden=None, last_hidden=None)], layout, device=device).law
+
+
+def _rebuilt_law(
+    target: Target, record: Record, at_N: NDArray[np.int64], last_hidden_TD: Tensor
+) -> DenseLaw:
+    """The laws that training makes of stored states (mode `rebuild`), at some positions.
+
+    By the target's own head, which capture found to be the one of `target/interface`.
+    """
+    assert record.last_hidden is not None, "mode rebuild stores last_hidden"
+    states_ND = torch.from_numpy(from_bf16_bits(record.last_hidden[at_N])).to(last_hidden_TD)
+    return DenseLaw(target.logits(states_ND).float().log_softmax(-1))
 
 
 def _spread_rows(record: Record) -> NDArray[np.int64]:
