@@ -35,7 +35,7 @@ from pipeline.dataset import collate, supervised_counts
 from pipeline.law import DenseLaw, Law
 from pipeline.provenance import Progress
 from pipeline.seeds import rng
-from pipeline.target import Target, resident_target
+from pipeline.target import DeviceMap, Target, resident_target
 from storage.codecs import (
     BFLOAT_STEP,
     HALF_STEP,
@@ -85,6 +85,7 @@ class Job:
     """[V] logits of each split's unigram, a reference draft."""
     identity: str
     """Of caches and sequences: a worker that outlives a run must not answer from an older one."""
+    device_map: DeviceMap | None = None
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,12 @@ def replay_all(units: Sequence[Sequence[Sample]], job: Job, cluster: Cluster) ->
 
 def replay_unit(job: Job, unit: Sequence[Sample]) -> list[Found]:
     """Replay some sequences through the target and compare each with its record."""
-    target = resident_target(job.folder, device=job.device, fingerprint=job.fingerprint)
+    target = resident_target(
+        job.folder,
+        device=job.device,
+        fingerprint=job.fingerprint,
+        device_map=job.device_map,
+    )
     return [_replay_one(target, job, sample) for sample in unit]
 
 
@@ -297,10 +303,10 @@ def replay(
             logp_NV = logp_CV[(own - first).to(logp_CV.device)]
             drafts = reference_drafts(logp_NV, torch.from_numpy(unigram_V))
             if law is None:
-                stored = _rebuilt_law(target, record, position_R[own], last_hidden_TD)
+                own_law: Law = _rebuilt_law(target, record, position_R[own], last_hidden_TD)
             else:
-                stored = law.take(own.to(logp_CV.device))
-            parts.append(certify(logp_NV, stored, drafts))
+                own_law = law.take(own.to(logp_CV.device))
+            parts.append(certify(logp_NV, own_law, drafts))
         first += len(at_C)
     return Replayed(errors, joined(parts), position_R[row_C].tolist())
 

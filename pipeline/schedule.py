@@ -19,7 +19,7 @@ from pipeline.evaluate import (
     replayable,
     split,
 )
-from pipeline.target import TargetSpec, read_spec
+from pipeline.target import DeviceMap, TargetSpec, read_spec
 from storage.errors import ConfigError, DraftError, ResultError
 from storage.manifest import MANIFEST
 from storage.reader import Cache
@@ -34,6 +34,7 @@ def open_bench(
     *,
     config: EvaluateConfig,
     device: str,
+    device_map: DeviceMap | None = None,
 ) -> Bench:
     """Absolute places and the digest of what lies there; refuses what is missing."""
     spec = read_spec(target)
@@ -48,6 +49,7 @@ def open_bench(
         target=target.resolve(),
         caches={law: path.resolve() for law, path in caches.items()},
         device=device,
+        device_map=device_map,
         config=config,
         sources=digest(
             {

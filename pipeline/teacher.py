@@ -147,6 +147,14 @@ def _cut(law: Columns, start: int, stop: int, supervised_T: NDArray[np.bool_]) -
     return cut
 
 
+def _recorded(device: torch.device) -> Any:
+    """An event behind all that is queued on a device."""
+    with torch.cuda.device(device):
+        event = torch.cuda.Event()
+        event.record()
+    return event
+
+
 def _to_host(x: Tensor) -> Tensor:
     """A copy in pinned memory that a device fills when it gets there; a CPU's tensor itself."""
     if x.device.type == "cpu":
@@ -167,8 +175,8 @@ class _Flight:
     """Chunk after chunk of the batch's supervised rows."""
     features: Tensors
     """Padded [B, T, …] by the names of the record's arrays."""
-    arrived: Any
-    """A CUDA event, or None where nothing travels."""
+    arrived: Sequence[Any]
+    """A CUDA event of each device that something travels from."""
 
 
 class Pass:
@@ -280,10 +288,9 @@ class Pass:
         )
         kept = self._features("hidden", features.hidden)
         kept |= self._features("last_hidden", last_hidden)
-        arrived = None
-        if last_hidden.device.type == "cuda":
-            arrived = torch.cuda.Event()
-            arrived.record()
+        # the head may lie on another device than the last layer
+        devices = {x.device for x in (last_hidden, self._target.head_weight)}
+        arrived = [_recorded(device) for device in devices if device.type == "cuda"]
         return _Flight(rows, tokens_BT, supervised_BT, law, kept, arrived)
 
     def _features(self, name: str, x: Tensor | None) -> Tensors:
@@ -298,8 +305,8 @@ class Pass:
 
     def _land(self, flight: _Flight) -> list[Record]:
         """The records of a batch whose numbers have arrived."""
-        if flight.arrived is not None:
-            flight.arrived.synchronize()
+        for event in flight.arrived:
+            event.synchronize()
         chunks = [{name: x.numpy() for name, x in chunk.items()} for chunk in flight.law]
         joined = {name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]}
         _require_finite(joined["entropy"], flight)

@@ -6,7 +6,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from pipeline.cluster import ClusterConfig, device, open_cluster
+from pipeline.cluster import ClusterConfig, device, device_map, open_cluster
 from pipeline.config import load
 from pipeline.evaluate import EvaluateConfig, Job, Outcome, law_name, run_job
 from pipeline.matrix import Arm, Start, cell
@@ -30,7 +30,10 @@ def main() -> None:
     arms = {name: arm for name, arm in every.items() if arm.start == key}
     models = {n: Path(f"drafts/{key}/{arm.objective}/model").resolve() for n, arm in arms.items()}
     drafts, decoding = list(models.values()), start.seed in config.decode_seeds
-    bench = open_bench(TARGET, CACHES, drafts, config=config, device=device(where))
+    places = device_map(where)
+    bench = open_bench(
+        TARGET, CACHES, drafts, config=config, device=device(where), device_map=places
+    )
     jobs = plan(bench, drafts, decode=decoding)
     if not decoding:  # a replay alone is over before workers have started
         where = where.model_copy(update={"workers": 1})

@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from pipeline.cluster import ClusterConfig, device, open_cluster
+from pipeline.cluster import ClusterConfig, device, device_map, open_cluster
 from pipeline.config import load
 from pipeline.generate import (
     GREEDY,
@@ -80,6 +80,7 @@ def _sample(
         scratch=scratch.absolute(),
         max_new_tokens=config.max_new_tokens,
         seed=config.seed,
+        device_map=device_map(cluster),
     )
     with open_cluster(cluster, threads=config.threads) as workers:
         return answer(prompts, job=job, batch_sequences=config.batch_sequences, cluster=workers)
