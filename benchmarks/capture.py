@@ -47,7 +47,7 @@ from storage.record import Record
 from storage.writer import write_part
 
 ENTROPY = 1.5
-ROUNDS = 3
+ROUNDS = 2
 PART_TOKENS = 16_384
 # bf16 on one H100: 989 TFLOP/s of its data sheet, half of them used, 16 GFLOP a token
 PREFILL_TOKENS_S = 31_000

@@ -34,9 +34,10 @@ from storage.errors import TargetError
 from storage.layout import Layout
 from storage.record import Record, supervised
 
-# Logits are computed for this many (row, id) pairs at a time: 64 MB in float32 on a CPU. A device
-# gets as many as `topk` then works on at once.
-LOGITS_ELEMENTS = 1 << 24
+# Logits are computed for this many (row, id) pairs at a time: 256 MB in float32 on a CPU, 512 rows
+# of V = 131,072. A product of 128 rows reads all of the head for them: 0.65 ms a row more, measured
+# at D = 1,024. A device gets as many as `topk` then works on at once.
+LOGITS_ELEMENTS = 1 << 26
 
 Columns = dict[str, NDArray[Any]]
 """Arrays by the names of storage/record.py."""

@@ -134,7 +134,7 @@ def test_each_worker_gets_a_device_of_its_own(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     two._client.wait_for_workers(2, timeout=30)  # the killed one starts again
-    pinned = Cluster(two._client, threads=1, visible=cluster._visible())
+    pinned = Cluster(two._client, threads=1, visible=cluster._visible(config_of()))
     seen = set(pinned.map(visible_device, range(8)))
     assert {device for device, _ in seen} == {"5", "7"}
     assert len(seen) == 2  # a process keeps its device
@@ -148,7 +148,7 @@ def test_one_worker_a_device_is_the_default(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert num_workers(config_of(workers=None, device="cuda"), threads=1) == 4
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert cluster._visible() == ["0", "1", "2", "3"]
+    assert cluster._visible(config_of()) == ["0", "1", "2", "3"]
 
 
 def test_a_full_disk_in_a_worker_is_told_at_once(two: Cluster) -> None:
