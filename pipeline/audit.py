@@ -32,10 +32,10 @@ from pipeline.certificate import (
 from pipeline.cluster import Cluster
 from pipeline.config import Strict
 from pipeline.dataset import collate, supervised_counts
-from pipeline.law import Law
+from pipeline.law import DenseLaw, Law
 from pipeline.provenance import Progress
 from pipeline.seeds import rng
-from pipeline.target import Target, resident_target
+from pipeline.target import DeviceMap, Target, resident_target
 from storage.codecs import (
     BFLOAT_STEP,
     HALF_STEP,
@@ -85,6 +85,7 @@ class Job:
     """[V] logits of each split's unigram, a reference draft."""
     identity: str
     """Of caches and sequences: a worker that outlives a run must not answer from an older one."""
+    device_map: DeviceMap | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Found:
 
     errors: Errors
     certificate: Certificate
-    """Of no draft where nothing of a law is stored."""
+    """Of no draft where nothing is supervised."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,12 @@ def replay_all(units: Sequence[Sequence[Sample]], job: Job, cluster: Cluster) ->
 
 def replay_unit(job: Job, unit: Sequence[Sample]) -> list[Found]:
     """Replay some sequences through the target and compare each with its record."""
-    target = resident_target(job.folder, device=job.device, fingerprint=job.fingerprint)
+    target = resident_target(
+        job.folder,
+        device=job.device,
+        fingerprint=job.fingerprint,
+        device_map=job.device_map,
+    )
     return [_replay_one(target, job, sample) for sample in unit]
 
 
@@ -293,8 +299,8 @@ def replay(
         stored = _stored(record, kind)
         if stored is not None and x is not None:
             errors[kind] = _relative(*stored, x[0].double().cpu().numpy())
-    stored_law = _stored_law(record, layout, str(target.device))
-    row_C = _spread_rows(record) if stored_law is not None else np.zeros(0, np.int64)
+    stored_law, row_C = _stored_law(record, layout, str(target.device)), _spread_rows(record)
+    position_R = supervised(record.turn).nonzero()[0]
     parts: list[Certificate] = []
     first, rebuild = 0, layout.mode == "rebuild"
     last_hidden_TD = features.last_hidden[0]
@@ -303,20 +309,35 @@ def replay(
         for kind, error_C in found.items():
             errors.setdefault(kind, np.zeros(len(record.tokens)))[at_C] = error_C
         own = torch.from_numpy(row_C[(row_C >= first) & (row_C < first + len(at_C))])
-        if stored_law is not None and len(own):
+        if len(own):
             logp_NV = logp_CV[(own - first).to(logp_CV.device)]
             drafts = reference_drafts(logp_NV, torch.from_numpy(unigram_V))
-            parts.append(certify(logp_NV, stored_law.take(own.to(logp_CV.device)), drafts))
+            if stored_law is None:
+                own_law: Law = _rebuilt_law(target, record, position_R[own], last_hidden_TD)
+            else:
+                own_law = stored_law.take(own.to(logp_CV.device))
+            parts.append(certify(logp_NV, own_law, drafts))
         first += len(at_C)
-    position_R = supervised(record.turn).nonzero()[0]
     return Replayed(errors, joined(parts), position_R[row_C].tolist())
 
 
 def _stored_law(record: Record, layout: Layout, device: str) -> Law | None:
-    """The law of the supervised rows as training reads it; None where rows hold no logits."""
-    if layout.mode not in ("topk", "full"):
+    """The law of the supervised rows as training reads it; None where it is made of states."""
+    if layout.mode == "rebuild":
         return None
     return collate([replace(record, hidden=None, last_hidden=None)], layout, device=device).law
+
+
+def _rebuilt_law(
+    target: Target, record: Record, at_N: NDArray[np.int64], last_hidden_TD: Tensor
+) -> DenseLaw:
+    """The laws that training makes of stored states (mode `rebuild`), at some positions.
+
+    By the target's own head, which capture found to be the one of `target/interface`.
+    """
+    assert record.last_hidden is not None, "mode rebuild stores last_hidden"
+    states_ND = torch.from_numpy(from_bf16_bits(record.last_hidden[at_N])).to(last_hidden_TD)
+    return DenseLaw(target.logits(states_ND).float().log_softmax(-1))
 
 
 def _spread_rows(record: Record) -> NDArray[np.int64]:

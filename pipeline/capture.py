@@ -23,7 +23,7 @@ from pipeline.cluster import Cluster, Later
 from pipeline.config import Strict
 from pipeline.interface import Head
 from pipeline.provenance import Progress
-from pipeline.target import TargetSpec, check_layers, read_head, resident_target
+from pipeline.target import DeviceMap, TargetSpec, check_layers, read_head, resident_target
 from pipeline.teacher import Pass, Stats
 from pipeline.topk import Rule
 from storage.errors import DataError
@@ -128,6 +128,7 @@ class Job:
     device: str
     config: CaptureConfig
     layout: Layout
+    device_map: DeviceMap | None = None
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,12 @@ def begin_part(job: Job, part: Part) -> Done | Later[Done]:
     done = _done(job, part)
     if done is not None:
         return done
-    target = resident_target(job.folder, device=job.device, fingerprint=job.fingerprint)
+    target = resident_target(
+        job.folder,
+        device=job.device,
+        fingerprint=job.fingerprint,
+        device_map=job.device_map,
+    )
     rows = _table(part.sequences, part.sequences_digest)[part.start : part.stop]
     teacher = Pass(
         target,

@@ -19,7 +19,7 @@ from pipeline.findings import ReportConfig
 from pipeline.generate import GenerateConfig
 from pipeline.matrix import Arm, Export, Start, check_matrix
 from pipeline.pin import TargetConfig
-from pipeline.prompts import SETS, PrepareConfig
+from pipeline.prompts import SETS, PrepareConfig, StdlibSource
 from pipeline.setting import Setting
 from pipeline.sources import check_source, require_file
 from pipeline.train import FitConfig, WarmupConfig
@@ -161,5 +161,14 @@ def _check_laws(sections: Mapping[str, Any]) -> None:
             expected=f"laws that evaluate.laws names too: {', '.join(sorted(replayed))}",
             todo="add it to evaluate.laws, or take it out of generate.laws",
         )
+    prepare = sections["prepare"]
     for name, given in sections["evaluate"].prompt_sets.items():
         require_file(given.path, f"evaluate.prompt_sets.{name}.path")
+        known = isinstance(prepare.source, StdlibSource)  # nobody's questions stand in there
+        if not known and given.path not in prepare.filters.evaluation_prompts:
+            raise ConfigError(
+                found=f"{PARAMS}: evaluate.prompt_sets.{name} reads {given.path}",
+                expected="every such file among prepare.filters.evaluation_prompts, so that no "
+                "draft trains on the prompts that it is measured on",
+                todo=f"add {given.path} to prepare.filters.evaluation_prompts",
+            )

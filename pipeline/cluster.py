@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from importlib.util import find_spec
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.config import Strict
 from pipeline.hosts import (
@@ -40,8 +41,34 @@ from pipeline.hosts import (
 from storage.errors import ConfigError, LkcacheError, WorkspaceError
 from storage.workspace import disk_error
 
+DeviceMap = str | tuple[tuple[str, int | str], ...]
+"""As `pipeline.target` has it, which this module does not know."""
 U = TypeVar("U")
 R = TypeVar("R")
+
+
+class DeviceMapConfig(Strict):
+    """`cluster.parallel` of kind device_map: a worker's target lies on several CUDA devices.
+
+    Layers are split, not matrices: each is computed whole, as on one device of the same kind, so
+    that no result depends on it. Tensor parallelism would add in another order and change bits.
+    """
+
+    kind: Literal["device_map"]
+    devices: Annotated[int, Field(ge=2)]
+    """Of each worker."""
+    map: (
+        Literal["auto", "balanced", "balanced_low_0", "sequential"]
+        | dict[str, int | Literal["cpu"]]
+    )
+    """A rule of transformers, or where each module lies; devices are numbered within a worker."""
+
+    @model_validator(mode="after")
+    def _no_device_beyond(self) -> Self:
+        places = [] if isinstance(self.map, str) else self.map.values()
+        if not all(place == "cpu" or 0 <= int(place) < self.devices for place in places):
+            raise ValueError(f"devices 0 to {self.devices - 1} in map, those of a worker, or cpu")
+        return self
 
 
 class ClusterConfig(Strict):
@@ -51,6 +78,8 @@ class ClusterConfig(Strict):
     """On this machine, on each host of ssh, or jobs of slurm; null: one a device."""
     device: Literal["auto", "cpu", "cuda"]
     address: Address
+    parallel: DeviceMapConfig | None
+    """Of a target that one device does not hold; null: a device holds it."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +100,10 @@ _FINISHING = threading.Semaphore()  # one unit of a process at a time, which bou
 
 
 def _call(function: Callable[[Any], Any], threads: int, visible: list[str], unit: Any) -> Any:
-    """Run one unit in a worker with a fixed number of threads and, of those visible, one device."""
+    """Run one unit in a worker with a fixed number of threads and, of those visible, its device.
+
+    Or its devices: an item of `visible` is what CUDA_VISIBLE_DEVICES is to say.
+    """
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     if visible:  # by the worker's number, which it keeps when it is started again
@@ -197,9 +229,11 @@ def open_cluster(
         else:
             workers = num_workers(config, threads=threads)
             workers = workers if units is None else min(workers, units)
-            if workers > 1:
+            groups = _visible(config) if device(config) == "cuda" else []
+            # a worker that is to leave devices free must not see them
+            if workers > 1 or (config.parallel is not None and len(groups) > 1):
                 client = stack.enter_context(_local(workers, threads))
-                visible = _visible() if device(config) == "cuda" else []
+                visible = groups
             else:
                 before = torch.get_num_threads()
                 torch.set_num_threads(threads)
@@ -224,20 +258,48 @@ def device(config: ClusterConfig) -> str:
     return config.device
 
 
+def device_map(config: ClusterConfig) -> DeviceMap | None:
+    """How a worker's target is spread; `ConfigError` where it cannot be, before a model loads."""
+    if config.parallel is None:
+        return None
+    if find_spec("accelerate") is None:
+        raise ConfigError(
+            found="cluster.parallel is of kind device_map, and accelerate is not installed",
+            expected="the optional package, with which transformers spreads layers",
+            todo="install lkcache[gpu], or set cluster.parallel to null",
+        )
+    if device(config) != "cuda":
+        raise ConfigError(
+            found="cluster.parallel spreads a target over CUDA devices, and the device is a CPU",
+            expected="CUDA devices",
+            todo="set cluster.device to cuda, or cluster.parallel to null",
+        )
+    places = config.parallel.map
+    return places if isinstance(places, str) else tuple(places.items())
+
+
 def num_workers(config: ClusterConfig, *, threads: int) -> int:
-    """Workers on this machine: as many as the parameter says, else one a device."""
+    """Workers on this machine: as many as the parameter says, else one a device, or a group."""
     if config.workers is not None:
         return config.workers
     if device(config) == "cuda":
-        return torch.cuda.device_count()
+        return len(_visible(config))
     # each holds a target of its own: on a CPU, memory bounds them before cores do
     return max(1, min(2, (os.cpu_count() or 1) // threads))
 
 
-def _visible() -> list[str]:
-    """The CUDA devices of this process, as CUDA_VISIBLE_DEVICES names them."""
+def _visible(config: ClusterConfig) -> list[str]:
+    """The CUDA devices of each worker, as CUDA_VISIBLE_DEVICES names them; one, or a group."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+    own = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+    size = config.parallel.devices if config.parallel else 1
+    if len(own) < size:
+        raise ConfigError(
+            found=f"{len(own)} CUDA devices here, and cluster.parallel.devices is {size}",
+            expected="at least as many devices as a worker is to have",
+            todo="lower cluster.parallel.devices, or run where there are more",
+        )
+    return [",".join(own[a : a + size]) for a in range(0, len(own) - size + 1, size)]
 
 
 @contextmanager
@@ -274,7 +336,13 @@ def _elsewhere(config: ClusterConfig, threads: int) -> Iterator[Any]:
     with ExitStack() as stack:
         stack.enter_context(dask.config.set(settings(threads)))
         if isinstance(config.address, SshConfig):
-            ssh = over_ssh(config.address, workers=config.workers, threads=threads, device=where)
+            ssh = over_ssh(
+                config.address,
+                workers=config.workers,
+                threads=threads,
+                device=where,
+                group=config.parallel.devices if config.parallel else 1,
+            )
             client = stack.enter_context(ssh)
         elif isinstance(config.address, SlurmConfig):
             slurm = in_slurm(config.address, workers=config.workers, threads=threads)

@@ -37,7 +37,7 @@ from pipeline.sampling import Prompt
 from pipeline.score import Rollouts, Scores, depth_sums, rollouts, score, strata
 from pipeline.seeds import uniforms
 from pipeline.setting import Setting, SomeNames
-from pipeline.target import read_interface, read_spec, resident_target
+from pipeline.target import DeviceMap, read_interface, read_spec, resident_target
 from storage.reader import Cache
 from storage.record import Record
 
@@ -94,6 +94,7 @@ class Bench:
     config: EvaluateConfig
     sources: str
     """Digest of all that is read: a worker that outlives a run must not answer from an older."""
+    device_map: DeviceMap | None = None
 
     def cache(self, setting: Setting) -> Cache:
         """The rollouts of a served law; its prompts only, where no rollouts of it exist."""
@@ -276,7 +277,12 @@ def _decode(bench: Bench, job: Job) -> Outcome:
 
     config, cache = bench.config, bench.cache(job.setting)
     spec = read_spec(bench.target)
-    target = resident_target(bench.target, device=bench.device, fingerprint=spec.fingerprint)
+    target = resident_target(
+        bench.target,
+        device=bench.device,
+        fingerprint=spec.fingerprint,
+        device_map=bench.device_map,
+    )
     draft, needs, gamma = None, Needs(), 0
     if job.draft is not None:
         draft, needs, deepest = _draft(bench, job.draft)

@@ -30,7 +30,7 @@ from pipeline.seeds import rng, uniforms
 from pipeline.serve import serving_of
 from pipeline.server import Ask, Journal, Reader, ServerConfig, Tally, ask
 from pipeline.setting import Names, Setting
-from pipeline.target import resident_target
+from pipeline.target import DeviceMap, resident_target
 from storage.errors import DataError
 from storage.workspace import read_json, write_json
 
@@ -124,6 +124,7 @@ class Job:
     scratch: Path
     max_new_tokens: int
     seed: int
+    device_map: DeviceMap | None = None
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,12 @@ def sample_unit(job: Job, unit: Unit) -> Answer:
     done = _done(path)
     if done is not None:
         return done
-    target = resident_target(job.folder, device=job.device, fingerprint=job.fingerprint)
+    target = resident_target(
+        job.folder,
+        device=job.device,
+        fingerprint=job.fingerprint,
+        device_map=job.device_map,
+    )
     started = time.perf_counter()
     names = [(unit.split, prompt.id) for prompt in unit.prompts]
     draws = [uniforms(job.seed, "generate", *name, n=job.max_new_tokens) for name in names]

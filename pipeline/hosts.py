@@ -173,8 +173,13 @@ def _environment(threads: int) -> dict[str, str]:
 
 
 @contextmanager
-def over_ssh(ssh: SshConfig, *, workers: int | None, threads: int, device: str) -> Iterator[Any]:
-    """Start a scheduler on the first host and workers on all, over SSH."""
+def over_ssh(
+    ssh: SshConfig, *, workers: int | None, threads: int, device: str, group: int = 1
+) -> Iterator[Any]:
+    """Start a scheduler on the first host and workers on all, over SSH.
+
+    On CUDA a worker has one device of its host, or a `group` of them.
+    """
     import distributed
     from distributed.deploy.ssh import Scheduler, Worker
 
@@ -189,15 +194,23 @@ def over_ssh(ssh: SshConfig, *, workers: int | None, threads: int, device: str) 
     specs = {}
     for host, num_devices in zip(ssh.hosts, counts, strict=True):
         cuda = device == "cuda"
-        for number in range(workers or (num_devices if cuda else 1) or 1):
+        groups = groups_of(num_devices, group) if cuda else []
+        if cuda and num_devices and not groups:
+            raise ConfigError(
+                found=f"{num_devices} CUDA devices on {host}, and cluster.parallel.devices is "
+                f"{group}",
+                expected="at least as many devices as a worker is to have",
+                todo="lower cluster.parallel.devices, or take another host",
+            )
+        for number in range(workers or len(groups) or 1):
             options: dict[str, Any] = {
                 "nthreads": 1,
                 "memory_limit": 0,
                 "local_directory": str(scratch() / "dask"),
                 "death_timeout": START_S,
             }
-            if cuda and num_devices:
-                options["env"] = {"CUDA_VISIBLE_DEVICES": str(number % num_devices)}
+            if groups:
+                options["env"] = {"CUDA_VISIBLE_DEVICES": groups[number % len(groups)]}
             specs[f"{host}-{number}"] = {
                 "cls": Worker,
                 "options": {
@@ -231,6 +244,12 @@ def over_ssh(ssh: SshConfig, *, workers: int | None, threads: int, device: str) 
                 "null",
             ) from None
         yield client
+
+
+def groups_of(num_devices: int, size: int) -> list[str]:
+    """Groups of a host's devices, as CUDA_VISIBLE_DEVICES names them; what is left over is idle."""
+    starts = range(0, num_devices - size + 1, size)
+    return [",".join(map(str, range(start, start + size))) for start in starts]
 
 
 async def _reach(hosts: list[str], login: Mapping[str, Any], python: str) -> list[int]:

@@ -22,7 +22,7 @@ from pipeline.evaluate import (
 from pipeline.prompt_sets import digests, encode_set, read_set, require_room
 from pipeline.sampling import Prompt
 from pipeline.setting import Setting
-from pipeline.target import TargetSpec, home_of, load_tokenizer, read_spec
+from pipeline.target import DeviceMap, TargetSpec, home_of, load_tokenizer, read_spec
 from storage.errors import ConfigError, DraftError, ResultError
 from storage.manifest import MANIFEST
 from storage.reader import Cache
@@ -39,6 +39,7 @@ def open_bench(
     *,
     config: EvaluateConfig,
     device: str,
+    device_map: DeviceMap | None = None,
 ) -> Bench:
     """Absolute places and the digest of what lies there; refuses what is missing."""
     spec = read_spec(target)
@@ -53,6 +54,7 @@ def open_bench(
         target=target.resolve(),
         caches={law: path.resolve() for law, path in caches.items()},
         device=device,
+        device_map=device_map,
         config=config,
         sources=digest(
             {

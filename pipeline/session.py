@@ -81,13 +81,15 @@ class RaggedLayer:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         at = self.cursor
-        self.keys[at.row, :, at.slot] = key_states.transpose(1, 2)
-        self.values[at.row, :, at.slot] = value_states.transpose(1, 2)
+        row, slot = (x.to(self.keys.device) for x in (at.row, at.slot))  # the layer's own device
+        self.keys[row, :, slot] = key_states.transpose(1, 2)
+        self.values[row, :, slot] = value_states.transpose(1, 2)
         return self.keys[:, :, : at.visible], self.values[:, :, : at.visible]
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows."""
         if self.is_initialized:
+            rows = rows.to(self.keys.device)
             self.keys, self.values = self.keys[rows], self.values[rows]
 
     def get_seq_length(self) -> int:
@@ -177,12 +179,13 @@ class Session:
             layers=self._layers,
         )
         self.length = end_B
-        last = features.last_hidden
+        last, hidden = features.last_hidden.to(self._device), features.hidden
         asked = last[rows_B, (count_B - 1).clamp(min=0)][:, None] if which == "last" else last
-        logits = self._target.logits(asked.flatten(0, 1)).unflatten(0, asked.shape[:2])
+        logits_NV = self._target.logits(asked.flatten(0, 1)).to(self._device)
+        logits = logits_NV.unflatten(0, asked.shape[:2])
         return Step(
             logits=logits if logits.dtype == torch.float64 else logits.float(),
-            hidden=features.hidden,
+            hidden=None if hidden is None else hidden.to(self._device),
             last_hidden=last if self._last_hidden else None,
         )
 

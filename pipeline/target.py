@@ -51,6 +51,8 @@ MODEL_FILES = ("config.json", "generation_config.json")
 HEAD_BYTES, BLOCK_BYTES, NUM_BLOCKS = 1 << 20, 1 << 16, 64
 
 DType = Literal["float32", "bfloat16", "float16"]
+DeviceMap = str | tuple[tuple[str, int | str], ...]
+"""How transformers spreads layers over devices: by a rule of its own, or module by module."""
 
 
 class WeightsFile(Strict):
@@ -119,6 +121,12 @@ class Target:
         return head_of(self.model)
 
     @property
+    def head_weight(self) -> Tensor:
+        """[V, D] of the LM head, where logits come to lie."""
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight
+
+    @property
     def device(self) -> torch.device:
         """Where inputs must lie."""
         device: torch.device = self.model.get_input_embeddings().weight.device
@@ -147,7 +155,10 @@ class Target:
                 past_key_values=cache,
                 use_cache=cache is not None,
             )
-        hidden = torch.stack([streams[k] for k in layers], dim=2) if layers else None
+        # layers may lie on several devices
+        where = out.last_hidden_state.device
+        stack = [streams[k].to(where) for k in layers]
+        hidden = torch.stack(stack, dim=2) if layers else None
         return Features(hidden=hidden, last_hidden=out.last_hidden_state)
 
     @torch.no_grad()
@@ -302,20 +313,74 @@ def _read_mtp(path: Path) -> Mtp:
     return Mtp(**described, tensors=tensors)
 
 
-def load_target(folder: Path, *, device: str = "cpu") -> Target:
-    """Load the pinned target, frozen; `TargetError` where its files are gone or are others."""
+def load_target(
+    folder: Path, *, device: str = "cpu", device_map: DeviceMap | None = None
+) -> Target:
+    """Load the pinned target, frozen; `TargetError` where its files are gone or are others.
+
+    With a `device_map` its layers are spread over this process's devices, in place of `device`.
+    """
     spec = read_spec(folder)
     home = home_of(spec, folder)
     check_files(spec, home)
-    model = load_model(home, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code)
     tokenizer = load_tokenizer(home, trust_remote_code=spec.trust_remote_code)
+    if device_map is not None:
+        return Target(model=_spread_model(home, spec, device_map), tokenizer=tokenizer, spec=spec)
+    model = load_model(home, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code)
     return Target(model=model.to(device), tokenizer=tokenizer, spec=spec)
 
 
+def _spread_model(home: Path, spec: TargetSpec, device_map: DeviceMap) -> Any:
+    """The model with its layers where the map says; every layer's arithmetic is its device's.
+
+    `TargetError` where the map misses a module, or where transformers, choosing by itself, found no
+    room on the devices and left layers to the CPU or the disk: each pass would fetch them anew.
+    """
+    model = load_model(
+        home,
+        dtype=spec.dtype,
+        trust_remote_code=spec.trust_remote_code,
+        device_map=device_map,
+    )
+    if not isinstance(device_map, str):
+        _require_every_module(model, [place for place, _ in device_map])
+    placed = set(map(str, getattr(model, "hf_device_map", {}).values()))
+    if isinstance(device_map, str) and len(placed) > 1 and placed & {"cpu", "disk"}:
+        raise TargetError(
+            found=f"layers of the target left to {' and '.join(sorted(placed & {'cpu', 'disk'}))}",
+            expected="room for all of them on the worker's devices",
+            todo="raise cluster.parallel.devices, free the devices, or name the places of all "
+            "modules in cluster.parallel.map",
+        )
+    return model
+
+
+def _require_every_module(model: Any, places: Sequence[str]) -> None:
+    """`TargetError` where a map misses a parameter or names what is no module.
+
+    transformers leaves the one to the CPU and passes over the other.
+    """
+    missed = [
+        name
+        for name, _ in model.named_parameters()
+        if not any(place == "" or name.startswith(f"{place}.") for place in places)
+    ]
+    unknown = sorted({*places} - {name for name, _ in model.named_modules()})
+    if missed or unknown:
+        found = f"no place for {missed[0]}" if missed else f"a place for {unknown[0]!r}"
+        raise TargetError(
+            found=f"cluster.parallel.map with {found}",
+            expected="a device for every module of the target, named as transformers does",
+            todo="correct cluster.parallel.map, or set it to auto",
+        )
+
+
 @lru_cache(maxsize=1)
-def resident_target(folder: Path, *, device: str, fingerprint: str) -> Target:
+def resident_target(
+    folder: Path, *, device: str, fingerprint: str, device_map: DeviceMap | None = None
+) -> Target:
     """This process's target, loaded by the first unit of work and kept for the others."""
-    target = load_target(folder, device=device)
+    target = load_target(folder, device=device, device_map=device_map)
     assert target.spec.fingerprint == fingerprint, "the target changed during the run"
     return target
 
@@ -328,7 +393,13 @@ def quiet() -> None:
         logging.disable_progress_bar()
 
 
-def load_model(home: Path, *, dtype: DType, trust_remote_code: bool = False) -> Any:
+def load_model(
+    home: Path,
+    *,
+    dtype: DType,
+    trust_remote_code: bool = False,
+    device_map: DeviceMap | None = None,
+) -> Any:
     """A causal LM from local safetensors files: evaluation mode, no gradients, never a pickle."""
     from transformers import AutoModelForCausalLM
 
@@ -339,6 +410,7 @@ def load_model(home: Path, *, dtype: DType, trust_remote_code: bool = False) -> 
         trust_remote_code=trust_remote_code,
         use_safetensors=True,
         local_files_only=True,
+        device_map=dict(device_map) if isinstance(device_map, tuple) else device_map,
     )
     return model.eval().requires_grad_(False)
 

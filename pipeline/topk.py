@@ -6,26 +6,38 @@ row alone, so neither batches nor workers change them.
 
 Three rules, one form: the likeliest ids, as long as p >= min_prob (absolute threshold), as long as
 those before an id hold less than top_p (nucleus), and no more than max_kept (with neither of the
-two: fixed K). Equal logits go by id. Memory: whatever N is, nothing in float32 or wider has more
-than `chunk_elements` numbers, or V where that is more.
+two: fixed K). Equal logits go by id.
+
+The vocabulary is passed over once, which leaves three numbers for every block of some hundred ids.
+All that follows asks the blocks, and looks only into those that it needs: the ones whose largest
+logit may be kept, and the ones that a sample falls into, by an inverse CDF of two levels. Sums
+within a block are float32; all others, and every logarithm, are float64.
+
+Memory: whatever N is, nothing in float32 or wider has more than `chunk_elements` numbers, or V
+where that is more.
 
 Dims: N rows, V vocabulary, E kept entries and M tail samples of all rows together, C rows of a
-chunk. Source: DESIGN §5; the tail's estimator is MATHS' and Anshumann et al. 2025's (sampled KD).
+chunk, B blocks of a row, S ids of a block, Q blocks looked into. Source: DESIGN §5; the tail's
+estimator is MATHS' and Anshumann et al. 2025's (sampled KD).
 """
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-# Rows are worked on in chunks of this many logits (4 MB in float32): the dozen passes over a chunk
-# then stay near the core (1.5-2 times faster than in chunks of 16 MB), and a chunk's float64 copy
-# stays small whatever V is.
-CHUNK_ELEMENTS = 1 << 20
-# An accelerator starts some 40 kernels a chunk: 256 MB of float32 (512 rows of V = 131,072) keep it
+# What a chunk of rows may hold (8 MB in float32): fewer rows would pay for their calls.
+CHUNK_ELEMENTS = 1 << 21
+# The pass over the vocabulary takes so many at a time (512 KB), which stay in a core's own cache.
+TILE_ELEMENTS = 1 << 17
+# An accelerator starts some 80 kernels a chunk: 512 rows of V = 131,072 (256 MB of float32) keep it
 # longer than its launches do, for a few such copies of memory. Chosen by that count, not measured.
 DEVICE_CHUNK_ELEMENTS = 1 << 26
-# A tail lighter than this is not sampled even if the rule would: its float32 terms may all be 0.
+# Shorter runs are reduced by torch one number at a time on a CPU, seven times slower.
+LEAST_BLOCK = 32
+# A tail lighter than this is not sampled even if the rule would: nobody could use it.
 LEAST_MASS = 1e-30
 
 
@@ -67,14 +79,66 @@ class Kept:
     tail_logp: Tensor
     """[M] log p of the samples under the full law."""
     entropy: Tensor
-    """[N] nats."""
+    """[N] nats; not finite where one of the row's logits is not, and nothing else of it counts."""
 
 
-def first_bad_row(logits_NV: Tensor) -> int | None:
-    """The first row that holds NaN or an infinity, or None."""
-    # a sum is finite only if all its terms are: one pass and no [N, V] mask
-    bad_N = ~logits_NV.sum(-1, dtype=torch.float32).isfinite()
-    return int(bad_N.nonzero()[0]) if bool(bad_N.any()) else None
+@dataclass(frozen=True)
+class _Blocks:
+    """C rows of logits cut into B blocks of S ids; float32 [C, B] where not said otherwise."""
+
+    logits: Tensor
+    """[C, V], of any dtype and contiguous."""
+    peak: Tensor
+    """The largest logit of a block; −inf where it has no id."""
+    total: Tensor
+    """Σ exp(z − peak); 0 where it has no id."""
+
+    def masses(self) -> tuple[Tensor, Tensor]:
+        """The largest logit of each row, [C, 1], and each block's Σ exp(z − it), both float64."""
+        top_C1 = self.peak.amax(-1, keepdim=True).double()
+        base_C1 = torch.where(top_C1.isneginf(), 0.0, top_C1)
+        return top_C1, (self.peak.double() - base_C1).exp_().mul_(self.total)
+
+    def look(self, row_Q: Tensor, block_Q: Tensor) -> Tensor:
+        """Float32 logits of some blocks, [Q, S]; −inf for what lies beyond the vocabulary."""
+        num_ids = self.logits.shape[1]
+        size = block_size(num_ids)
+        if num_ids % size == 0:
+            at_Q = row_Q * (num_ids // size) + block_Q
+            return self.logits.view(-1, size).index_select(0, at_Q).float()
+        id_QS = _ids(block_Q, size)
+        at_QS = (row_Q * num_ids)[:, None] + id_QS.clamp(max=num_ids - 1)
+        z_QS = self.logits.view(-1).index_select(0, at_QS.view(-1)).view(at_QS.shape).float()
+        return z_QS.masked_fill_(id_QS >= num_ids, -torch.inf)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """The kept ids of C rows: row after row, likeliest first, ties by id."""
+
+    count: Tensor
+    """[C]"""
+    row: Tensor
+    """[E]"""
+    ids: Tensor
+    """[E]"""
+    logit: Tensor
+    """[E]"""
+    at: Tensor
+    """[E] where they lie in the blocks that were looked into."""
+
+    def take(self, count_C: Tensor, own_E: Tensor) -> "_Order":
+        """Some of them, by index or mask."""
+        x = (x[own_E] for x in (self.row, self.ids, self.logit, self.at))
+        return _Order(count_C, *x)
+
+    def left_out(self, z_QS: Tensor, id_QS: Tensor, row_Q: Tensor) -> Tensor:
+        """Logits of any blocks, −inf where an id is kept: up to the last kept one of its row."""
+        end_C = torch.where(self.count > 0, self.count.cumsum(0) - 1, len(self.row))
+        logit_Q1 = pad(self.logit, (0, 1), value=torch.inf)[end_C][row_Q, None]
+        id_Q1 = pad(self.ids, (0, 1))[end_C][row_Q, None]
+        kept_QS = (z_QS == logit_Q1).logical_and_(id_QS <= id_Q1).logical_or_(z_QS > logit_Q1)
+        return z_QS.masked_fill(kept_QS, -torch.inf)
 
 
 def chunk_elements(device: torch.device) -> int:
@@ -82,9 +146,27 @@ def chunk_elements(device: torch.device) -> int:
     return CHUNK_ELEMENTS if device.type == "cpu" else DEVICE_CHUNK_ELEMENTS
 
 
+def tile_elements(device: torch.device) -> int:
+    """Logits that a pass over the vocabulary takes at once."""
+    return TILE_ELEMENTS if device.type == "cpu" else DEVICE_CHUNK_ELEMENTS
+
+
+def block_size(vocab_size: int) -> int:
+    """S: about half the root of V, so that blocks are few and looking into one costs little."""
+    return max(LEAST_BLOCK, 1 << max(0, (vocab_size.bit_length() - 1) // 2 - 1))
+
+
+def _ids(block_Q: Tensor, size: int) -> Tensor:
+    """[Q, S] the ids of some blocks."""
+    return (block_Q * size)[:, None] + torch.arange(size, device=block_Q.device)
+
+
 def truncate(logits_NV: Tensor, token_N: Tensor, *, rule: Rule, uniform_NM: Tensor) -> Kept:
     """Keep of every row what the rule says; `uniform_NM` [N, ≥ tail_samples] float64 in [0, 1)."""
-    rows = max(1, chunk_elements(logits_NV.device) // logits_NV.shape[1])
+    num_ids = logits_NV.shape[1]
+    size = block_size(num_ids)
+    widest = max(-(-num_ids // size), rule.tail_samples) * size
+    rows = max(1, chunk_elements(logits_NV.device) // widest)
     chunks = [
         _truncate(logits, token, rule, uniform)
         for logits, token, uniform in zip(
@@ -104,87 +186,151 @@ def sample_count(tail_logp_mass_N: Tensor, rule: Rule) -> Tensor:
 
 
 def _truncate(logits_CV: Tensor, token_C: Tensor, rule: Rule, uniform_CM: Tensor) -> Kept:
-    logp_CV = torch.log_softmax(logits_CV.float(), -1)
-    kept_C, at_E = _select(logp_CV, rule)
-    tail_CV = logp_CV.clone()
-    tail_CV.view(-1).index_fill_(0, at_E, -torch.inf)
+    blocks, lse_C, entropy_C = _summarise(logits_CV.contiguous())
+    kept, tail = _select(blocks, lse_C, rule)
+    top_C1, mass_CB = tail.masses()
     # over the tail's own terms: 1 − Σ kept would keep only the rounding of a small tail
-    tail_logp_mass_C = torch.logsumexp(tail_CV, -1)
+    tail_logp_mass_C = top_C1[:, 0] + mass_CB.sum(-1).log() - lse_C
     count_C = sample_count(tail_logp_mass_C, rule)
-    p_CV = logp_CV.exp()
-    entropy_C = -(p_CV * logp_CV).sum(-1)
-    p_E = p_CV.view(-1).index_select(0, at_E)
-    p_CV.view(-1).index_fill_(0, at_E, 0.0)
-    tail_ids = _draw(p_CV, count_C, uniform_CM)
-    owner_M = torch.repeat_interleave(count_C)
-    num_ids = logp_CV.shape[1]
+    row_M, tail_ids, z_M = _draw(tail, mass_CB, kept, count_C, uniform_CM)
     return Kept(
-        kept=kept_C,
-        ids=at_E % num_ids,
-        p=p_E,
-        token_logp=logp_CV.gather(1, token_C[:, None])[:, 0],
-        tail_logp_mass=tail_logp_mass_C,
+        kept=kept.count,
+        ids=kept.ids,
+        p=(kept.logit - lse_C[kept.row]).exp_().float(),
+        token_logp=(logits_CV.gather(1, token_C[:, None])[:, 0] - lse_C).float(),
+        tail_logp_mass=tail_logp_mass_C.float(),
         tail_kept=count_C,
         tail_ids=tail_ids,
-        tail_logp=logp_CV.view(-1).index_select(0, owner_M * num_ids + tail_ids),
-        entropy=entropy_C,
+        tail_logp=(z_M - lse_C[row_M]).float(),
+        entropy=entropy_C.float(),
     )
 
 
-def _select(logp_CV: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
-    """Counts [C], and what is kept as row · V + id [E]: by row, likeliest first, ties by id."""
-    at_E = (logp_CV >= _least(logp_CV, rule)).view(-1).nonzero()[:, 0]
-    row_E = at_E // logp_CV.shape[1]
-    cost_E = (0.0 - logp_CV.view(-1).index_select(0, at_E)).clamp(min=0.0)
-    # the bits of a float32 that is not negative ascend with it, so one sort orders rows and values;
-    # it is stable and nonzero ascends, so equal values stay in the order of their ids
-    order_E = ((row_E << 32) | cost_E.view(torch.int32)).argsort(stable=True)
-    count_C = torch.bincount(row_E, minlength=len(logp_CV))
+def normaliser(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """[N] float64: log Σ exp z, and the entropy, which is finite only where all logits are."""
+    _, lse_N, entropy_N = _summarise(logits_NV.contiguous())
+    return lse_N, entropy_N
+
+
+def _summarise(logits_CV: Tensor) -> tuple[_Blocks, Tensor, Tensor]:
+    """The pass over the vocabulary: blocks, log Σ exp z and entropy of each row."""
+    num_rows, num_ids = logits_CV.shape
+    size = block_size(num_ids)
+    shape = (num_rows, -(-num_ids // size))
+    peak, total, moment = (logits_CV.new_empty(shape, dtype=torch.float32) for _ in range(3))
+    even = num_ids // size * size  # the last block of a row may be short
+    spans = [(0, even, size), (even, num_ids, num_ids - even)]
+    rows = min(num_rows, max(1, tile_elements(logits_CV.device) // num_ids))
+    # fresh memory for every tile would cost more than its arithmetic
+    off, power = (logits_CV.new_empty(rows * num_ids, dtype=torch.float32) for _ in range(2))
+    for first in range(0, num_rows, max(1, rows)):
+        z_TV = logits_CV[first : first + rows]
+        off_TV, power_TV = (x[: z_TV.numel()].view(z_TV.shape) for x in (off, power))
+        if z_TV.dtype != torch.float32:
+            z_TV = off_TV.copy_(z_TV)
+        for start, stop, width in spans:
+            if start == stop:
+                continue
+            z_TBS, off_TBS, power_TBS = (
+                x[:, start:stop].unflatten(-1, (-1, width)) for x in (z_TV, off_TV, power_TV)
+            )
+            at = (slice(first, first + rows), slice(start // size, -(-stop // size)))
+            peak[at] = z_TBS.amax(-1)
+            torch.sub(z_TBS, peak[at][..., None], out=off_TBS).mul_(1 / math.log(2))
+            total[at] = torch.exp2(off_TBS, out=power_TBS).sum(-1)  # twice as fast as exp
+            moment[at] = off_TBS.mul_(power_TBS).sum(-1)
+    blocks = _Blocks(logits_CV, peak, total)
+    top_C1, mass_CB = blocks.masses()
+    total_C = mass_CB.sum(-1)
+    off_CB = peak.double() - top_C1
+    # Σ (z − top) exp(z − top); 0 · −inf is no number, so that no logit of −inf goes unseen
+    mean_C = (off_CB.exp().mul_(moment).mul_(math.log(2)) + off_CB * mass_CB).sum(-1) / total_C
+    return blocks, top_C1[:, 0] + total_C.log(), total_C.log() - mean_C
+
+
+def _select(blocks: _Blocks, lse_C: Tensor, rule: Rule) -> tuple[_Order, _Blocks]:
+    """What is kept, and the blocks without it."""
+    bar_C1 = _bar(blocks, lse_C, rule)
+    row_Q, block_Q = (blocks.peak >= bar_C1).nonzero().unbind(-1)
+    z_QS = blocks.look(row_Q, block_Q)
+    at_E = (z_QS >= bar_C1[row_Q]).view(-1).nonzero()[:, 0]
+    q_E, size = at_E // z_QS.shape[1], z_QS.shape[1]
+    row_E, z_E = row_Q[q_E], z_QS.view(-1)[at_E]
+    count_C = torch.bincount(row_E, minlength=len(lse_C))
+    found = _Order(count_C, row_E, block_Q[q_E] * size + at_E % size, z_E, at_E)
+    # nonzero ascends and the sort is stable, so equal logits stay in the order of their ids
+    order_E = ((row_E << 32) - _ascending(z_E)).argsort(stable=True)
     rank_E = torch.arange(len(row_E), device=row_E.device) - (count_C.cumsum(0) - count_C)[row_E]
-    kept_C = count_C.clamp(max=rule.max_kept)
-    at_E = at_E[order_E[rank_E < rule.max_kept]]
-    return (kept_C, at_E) if rule.top_p is None else _nucleus(logp_CV, kept_C, at_E, rule.top_p)
+    kept = found.take(count_C.clamp(max=rule.max_kept), order_E[rank_E < rule.max_kept])
+    if rule.top_p is not None:
+        kept = _nucleus(kept, lse_C, rule.top_p)
+    z_QS.view(-1).index_fill_(0, kept.at, -torch.inf)
+    peak_Q = z_QS.amax(-1)
+    total_Q = z_QS.sub_(torch.where(peak_Q.isneginf(), 0.0, peak_Q)[:, None]).exp_().sum(-1)
+    at_Q = row_Q * blocks.peak.shape[1] + block_Q
+    peak = blocks.peak.view(-1).index_copy(0, at_Q, peak_Q).view(blocks.peak.shape)
+    total = blocks.total.view(-1).index_copy(0, at_Q, total_Q).view(blocks.total.shape)
+    return kept, _Blocks(blocks.logits, peak, total)
 
 
-def _least(logp_CV: Tensor, rule: Rule) -> Tensor:
-    """[C or 1, 1] the smallest log p that may be kept: of the threshold, or of the max_kept-th id.
+def _bar(blocks: _Blocks, lse_C: Tensor, rule: Rule) -> Tensor:
+    """[C, 1] float32: what a logit must reach to be kept; more than max_kept may reach it.
 
-    A threshold alone cuts most ids away; without one the max_kept-th likeliest of a row does. What
-    ties with it is cut by rank, later, where ties go by id.
+    A threshold alone cuts most ids away; without one the max_kept-th largest logit does, or the
+    max_kept-th largest of the peaks, which is no larger. The rest is cut by rank.
     """
     if rule.min_prob > 0:
-        threshold = torch.tensor([[rule.min_prob]], dtype=torch.float64).log()
-        return threshold.to(logp_CV)
-    num = min(rule.max_kept, logp_CV.shape[1])
-    return logp_CV.topk(num, sorted=False).values.amin(-1, keepdim=True)
+        exact_C1 = (lse_C + math.log(rule.min_prob))[:, None]
+        bar_C1 = exact_C1.float()  # and up to the next one where that is below
+        above_C1 = torch.nextafter(bar_C1, torch.full_like(bar_C1, torch.inf))
+        return torch.where(bar_C1 < exact_C1, above_C1, bar_C1)
+    num = min(rule.max_kept, blocks.logits.shape[1])
+    among = blocks.peak if num <= blocks.peak.shape[1] else blocks.logits.float()
+    return among.topk(num, sorted=False).values.amin(-1, keepdim=True)
 
 
-def _nucleus(logp_CV: Tensor, kept_C: Tensor, at_E: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+def _ascending(z: Tensor) -> Tensor:
+    """Integers of 32 bits, as int64, in the order of the float32 numbers."""
+    bits = (z + 0.0).view(torch.int32).long()  # −0 becomes 0, which it equals
+    return bits ^ ((bits >> 63) & 0x7FFFFFFF)
+
+
+def _nucleus(kept: _Order, lse_C: Tensor, top_p: float) -> _Order:
     """Of rows cut to their likeliest ids: those before which less than top_p was counted."""
-    most = int(kept_C.max()) if len(kept_C) else 0
-    p_CK = logp_CV.new_zeros(len(kept_C), most, dtype=torch.float64)
-    inside_CK = torch.arange(most, device=kept_C.device) < kept_C[:, None]
-    p_CK[inside_CK] = logp_CV.view(-1).index_select(0, at_E).double().exp()
+    most = int(kept.count.max()) if len(kept.count) else 0
+    inside_CK = torch.arange(most, device=lse_C.device) < kept.count[:, None]
+    p_CK = lse_C.new_zeros(inside_CK.shape)
+    p_CK[inside_CK] = (kept.logit - lse_C[kept.row]).exp_()
     # row by row, so that no sum depends on what else is in the chunk; what is masked adds 0
-    before_CK = p_CK.cumsum(-1) - p_CK
-    within_CK = inside_CK & (before_CK < top_p)
-    return within_CK.sum(-1), at_E[within_CK[inside_CK]]
+    within_CK = inside_CK & (p_CK.cumsum(-1) - p_CK < top_p)
+    return kept.take(within_CK.sum(-1), within_CK[inside_CK])
 
 
-def _draw(tail_CV: Tensor, count_C: Tensor, uniform_CM: Tensor) -> Tensor:
-    """[M] ids drawn by inverse CDF, in float64; row c draws count_C[c] from p, 0 where kept."""
-    some = count_C.nonzero()[:, 0]
-    if not len(some):
-        return count_C.new_zeros(0)
-    if len(some) < len(count_C):
-        tail_CV, count_C, uniform_CM = tail_CV[some], count_C[some], uniform_CM[some]
-    most = int(count_C.max())
-    cdf_CV = tail_CV.cumsum(-1, dtype=torch.float64)
-    total_C1 = cdf_CV[:, -1:].contiguous()
-    wanted_CM = uniform_CM[:, :most].to(cdf_CV) * total_C1
-    # the first id whose cdf exceeds what is wanted: one with a positive term, never a kept one
-    id_CM = torch.searchsorted(cdf_CV, wanted_CM, right=True)
-    last_C1 = torch.searchsorted(cdf_CV, total_C1)
-    id_CM = torch.minimum(id_CM, last_C1)  # u · total may round up to total
+def _draw(
+    tail: _Blocks, mass_CB: Tensor, kept: _Order, count_C: Tensor, uniform_CM: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, ids and logits [M] drawn by inverse CDF; row c draws count_C[c] from what is left.
+
+    One uniform finds the block, and what is left of it, rescaled, the id within.
+    """
+    most = int(count_C.max()) if len(count_C) else 0
     asked_CM = torch.arange(most, device=count_C.device) < count_C[:, None]
-    return id_CM[asked_CM]
+    row_M, draw_M = asked_CM.nonzero().unbind(-1)
+    cdf_CB = mass_CB.cumsum(-1)
+    total_C1 = cdf_CB[:, -1:].contiguous()
+    wanted_CM = uniform_CM[:, :most].to(cdf_CB) * total_C1
+    # the first block whose cdf exceeds what is wanted: one with mass
+    block_CM = torch.searchsorted(cdf_CB, wanted_CM, right=True)
+    last_C1 = torch.searchsorted(cdf_CB, total_C1)
+    block_M = torch.minimum(block_CM, last_C1)[row_M, draw_M]  # u · total may round up to total
+    mass_M = mass_CB[row_M, block_M]
+    share_M = (wanted_CM[row_M, draw_M] - (cdf_CB[row_M, block_M] - mass_M)) / mass_M
+    share_M = share_M.clamp(min=0)  # the difference may cancel
+    z_MS = tail.look(row_M, block_M)
+    id_MS = _ids(block_M, z_MS.shape[1])
+    z_MS = kept.left_out(z_MS, id_MS, row_M)
+    cdf_MS = (z_MS - tail.peak[row_M, block_M, None]).exp_().cumsum(-1, dtype=torch.float64)
+    # likewise within the block: the counts are those of ids before the wanted and the last one
+    wanted_M1, total_M1 = share_M[:, None] * cdf_MS[:, -1:], cdf_MS[:, -1:]
+    place_M = torch.minimum((cdf_MS <= wanted_M1).sum(-1), (cdf_MS < total_M1).sum(-1))[:, None]
+    return row_M, id_MS.gather(1, place_M)[:, 0], z_MS.gather(1, place_M)[:, 0]

@@ -15,7 +15,7 @@ from pipeline.capture import (
     seal_cache,
     times,
 )
-from pipeline.cluster import ClusterConfig, device, open_cluster
+from pipeline.cluster import ClusterConfig, device, device_map, open_cluster
 from pipeline.config import load
 from pipeline.provenance import run
 from pipeline.target import home_of, read_head, read_spec
@@ -61,7 +61,8 @@ def main() -> None:
             )
             for split, table in tables.items()
         }
-        job = Job(TARGET.absolute(), spec.fingerprint, device(cluster), config, layout)
+        where, places = device(cluster), device_map(cluster)
+        job = Job(TARGET.absolute(), spec.fingerprint, where, config, layout, places)
         num_tokens = sum(len(row["tokens"]) for table in tables.values() for row in table)
         least = least_bytes(layout, tables.values())
         workspace.require_room("the cache", left=least, total=least)

@@ -6,7 +6,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from pipeline.cluster import ClusterConfig, device, open_cluster
+from pipeline.cluster import ClusterConfig, device, device_map, open_cluster
 from pipeline.config import load
 from pipeline.evaluate import GREEDY, SAMPLED, EvaluateConfig, Job, Outcome, run_job
 from pipeline.matrix import Arm, Start, cell
@@ -32,7 +32,14 @@ def main() -> None:
     models = {n: Path(f"drafts/{key}/{arm.objective}/model").resolve() for n, arm in arms.items()}
     drafts, decoding = list(models.values()), start.seed in config.decode_seeds
     rolled = {law: SERVED / f"{law}.zarr" for law in laws_with_rollouts(config, SEQUENCES)}
-    bench = open_bench(TARGET, CACHES | rolled, drafts, config=config, device=device(where))
+    bench = open_bench(
+        TARGET,
+        CACHES | rolled,
+        drafts,
+        config=config,
+        device=device(where),
+        device_map=device_map(where),
+    )
     jobs = plan(bench, drafts, decode=decoding)
     if not decoding:  # a replay alone is over before workers have started
         where = where.model_copy(update={"workers": 1})

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.chat import has_template
-from pipeline.cluster import ClusterConfig, device, open_cluster
+from pipeline.cluster import ClusterConfig, device, device_map, open_cluster
 from pipeline.config import load
 from pipeline.generate import (
     GREEDY,
@@ -69,7 +69,7 @@ def main() -> None:
                 )
                 for split, some in chosen.items()
             }
-            tables[GREEDY] = tables[HELDOUT]
+            tables |= dict.fromkeys([GREEDY, *config.laws], tables[HELDOUT])
             worked_s = time.perf_counter() - started
         else:
             prompts = {
@@ -137,6 +137,7 @@ def _sample(
         scratch=scratch.absolute(),
         max_new_tokens=config.max_new_tokens,
         seed=config.seed,
+        device_map=device_map(cluster),
     )
     with open_cluster(cluster, threads=config.threads) as workers:
         return answer(prompts, job=job, batch_sequences=config.batch_sequences, cluster=workers)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pipeline.audit import Job, VerifyConfig, choose, replay_all, unigrams
 from pipeline.certificate import summary
-from pipeline.cluster import ClusterConfig, device, open_cluster
+from pipeline.cluster import ClusterConfig, device, device_map, open_cluster
 from pipeline.config import load
 from pipeline.coverage import coverage
 from pipeline.provenance import run
@@ -42,6 +42,7 @@ def main() -> None:
             config=config,
             unigrams=unigrams(paths),
             identity=fingerprint,
+            device_map=device_map(cluster),
         )
         with open_cluster(cluster, threads=config.threads, units=len(units)) as opened:
             found = replay_all(units, job, opened)

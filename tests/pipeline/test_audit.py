@@ -28,7 +28,7 @@ from pipeline.cluster import Cluster
 from pipeline.coverage import coverage
 from pipeline.target import Target
 from pipeline.teacher import Pass
-from storage.codecs import decode_p
+from storage.codecs import decode_p, from_bf16_bits
 from storage.errors import CacheError
 from storage.layout import Layout
 from storage.reader import Cache
@@ -281,7 +281,7 @@ def test_limits_must_be_positive(key: str) -> None:
         VerifyConfig(**{**CONFIG.model_dump(), key: 0})
 
 
-@pytest.mark.parametrize("mode", ["topk", "full"])
+@pytest.mark.parametrize("mode", ["topk", "full", "rebuild"])
 def test_truncation_is_certified_at_every_supervised_token(
     target: Target, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,6 +301,34 @@ def test_truncation_is_certified_at_every_supervised_token(
         assert abs(numbers["alpha_error"]) <= 4 * numbers["alpha_error_se"] + 0.01
         assert numbers["kl_error_slack"] > 0
     assert (found[TARGET]["alpha"] > found[UNIGRAM]["alpha"]).all()  # one close, one far
+
+
+def test_what_a_states_rounding_does_to_a_rebuilt_law_is_certified(target: Target) -> None:
+    """Against the slow version: α of the law of the stored state, and of the target's own."""
+    records, layout = records_of(target, mode="rebuild")
+    record, flat = records[5], np.zeros(64, np.float32)
+    found = replay(target, record, layout=layout, bar=BAR, unigram_V=flat)
+    assert found.certified == supervised(record.turn).nonzero()[0].tolist()
+    tokens = torch.from_numpy(record.tokens.astype(np.int64))
+    exact_TD = target.forward(tokens[None]).last_hidden[0, found.certified]
+    assert record.last_hidden is not None
+    stored_TD = torch.from_numpy(from_bf16_bits(record.last_hidden[found.certified]))
+    p, stored = (target.logits(x).double().softmax(-1) for x in (exact_TD, stored_TD))
+    q = (p.log() / 1.5).softmax(-1)
+    error = torch.minimum(stored, q).sum(-1) - torch.minimum(p, q).sum(-1)
+    columns = found.certificate[TARGET]
+    np.testing.assert_allclose(columns["alpha_error"], error, atol=2e-6)
+    # the cache's own interval is of the stored law; the audit adds what it measured
+    assert (columns["alpha_width"] < 1e-5).all()
+    np.testing.assert_allclose(columns["alpha_widened"], (stored - p).abs().sum(-1), atol=1e-5)
+    assert (np.abs(columns["alpha_error"]) <= columns["alpha_widened"]).all()
+    assert covered(columns, "alpha").all()
+    assert covered(columns, "kl").all()
+    numbers = summary({TARGET: columns})[TARGET]
+    assert 1e-5 < numbers["alpha_widened"] < 2e-2
+    rolled = replace(record, last_hidden=np.roll(record.last_hidden, 1, axis=0))
+    wrong = replay(target, rolled, layout=layout, bar=BAR, unigram_V=flat).certificate[TARGET]
+    assert wrong["alpha_widened"].mean() > 0.1
 
 
 def test_the_unigram_counts_the_caches_own_supervised_tokens(

@@ -83,7 +83,9 @@ def begin(unit: tuple[int, str, int]) -> int | Later[int]:
 
 
 def config_of(**changes: Any) -> ClusterConfig:
-    return ClusterConfig(**{"workers": 1, "device": "cpu", "address": None, **changes})
+    return ClusterConfig(
+        **{"workers": 1, "device": "cpu", "address": None, "parallel": None, **changes}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +134,7 @@ def test_each_worker_gets_a_device_of_its_own(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     two._client.wait_for_workers(2, timeout=30)  # the killed one starts again
-    pinned = Cluster(two._client, threads=1, visible=cluster._visible())
+    pinned = Cluster(two._client, threads=1, visible=cluster._visible(config_of()))
     seen = set(pinned.map(visible_device, range(8)))
     assert {device for device, _ in seen} == {"5", "7"}
     assert len(seen) == 2  # a process keeps its device
@@ -146,7 +148,7 @@ def test_one_worker_a_device_is_the_default(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert num_workers(config_of(workers=None, device="cuda"), threads=1) == 4
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert cluster._visible() == ["0", "1", "2", "3"]
+    assert cluster._visible(config_of()) == ["0", "1", "2", "3"]
 
 
 def test_a_full_disk_in_a_worker_is_told_at_once(two: Cluster) -> None:
@@ -160,7 +162,7 @@ from pathlib import Path
 from pipeline.cluster import ClusterConfig, open_cluster
 from storage.workspace import Workspace
 from tests.pipeline.test_cluster import say_and_sleep
-config = ClusterConfig(workers=2, device="cpu", address=None)
+config = ClusterConfig(workers=2, device="cpu", address=None, parallel=None)
 with Workspace("capture", "f" * 64, outs=[Path("x")]), open_cluster(config, threads=1) as workers:
     list(workers.map(say_and_sleep, [sys.argv[1]] * 2))
 """
@@ -253,9 +255,86 @@ def test_devices_are_found_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device(config_of(device="cpu")) == "cpu"
 
 
+SPREAD: dict[str, Any] = {"kind": "device_map", "devices": 2, "map": "auto"}
+
+
+def test_a_worker_of_a_spread_target_has_a_group_of_devices(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
+    spread = config_of(workers=None, device="cuda", parallel=SPREAD)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert cluster._visible(spread) == ["0,1", "2,3"]
+    assert cluster.num_workers(spread, threads=1) == 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,3,4")
+    assert cluster._visible(spread) == ["7,3"]
+    assert cluster._visible(config_of(workers=None, device="cuda")) == ["7", "3", "4"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    with pytest.raises(
+        ConfigError, match=r"1 CUDA devices here, and cluster.parallel.devices is 2"
+    ):
+        cluster.num_workers(spread, threads=1)
+
+
+def test_a_worker_sees_its_own_group_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five devices, groups of two, one worker: it must be a process of its own."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with open_cluster(config_of(device="cuda", parallel=SPREAD), threads=1) as opened:
+        assert list(opened.map(seen, [0])) == ["0,1"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # nothing to leave free
+    with open_cluster(config_of(device="cuda", parallel=SPREAD), threads=1) as opened:
+        assert opened._client is None
+
+
+def seen(_: int) -> str:
+    return os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def test_a_target_is_spread_over_devices_that_are_there_and_by_accelerate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spread = config_of(device="auto", parallel=SPREAD)
+    assert cluster.device_map(config_of()) is None
+    monkeypatch.setattr(cluster, "find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match=r"accelerate is not installed; .* install lkcache\[gpu\]"
+    ):
+        cluster.device_map(spread)
+    monkeypatch.setattr(cluster, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(
+        ConfigError, match=r"over CUDA devices, and the device is a CPU; .* to null"
+    ):
+        cluster.device_map(spread)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cluster.device_map(spread) == "auto"
+    places = {"model": 0, "lm_head": "cpu"}
+    spread = config_of(device="auto", parallel={**SPREAD, "map": places})
+    assert cluster.device_map(spread) == (("model", 0), ("lm_head", "cpu"))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"devices": 1}, r"cluster\.parallel\.devices is 1; expected .*greater than or equal to 2"),
+        ({"kind": "tp_plan"}, r"cluster\.parallel\.kind is 'tp_plan'; expected .*'device_map'"),
+        ({"map": {"lm_head": "disk"}}, r"cluster\.parallel\.map is .*'lm_head': 'disk'"),
+        ({"map": {"lm_head": 2}}, r"cluster\.parallel.*devices 0 to 1 in map, those of a worker"),
+        ({"map": "best"}, r"cluster\.parallel\.map.* is 'best'"),
+    ],
+)
+def test_a_bad_spread_is_refused_by_key(change: dict[str, Any], sentence: str) -> None:
+    section = {"workers": 1, "device": "cpu", "address": None, "parallel": {**SPREAD, **change}}
+    with pytest.raises(ConfigError, match=sentence):
+        parse("cluster", section, ClusterConfig)
+
+
 @pytest.mark.parametrize(("key", "value"), [("workers", 0), ("device", "tpu"), ("address", 3)])
 def test_bad_values_are_refused(key: str, value: Any) -> None:
-    section = {"workers": 1, "device": "cpu", "address": None, key: value}
+    section = {"workers": 1, "device": "cpu", "address": None, "parallel": None, key: value}
     with pytest.raises(ConfigError, match=f"cluster.{key} is"):
         parse("cluster", section, ClusterConfig)
 

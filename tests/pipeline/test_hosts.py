@@ -30,7 +30,7 @@ def where(unit: int) -> tuple[str, str, int]:
 
 
 def config_of(address: Any, **changes: Any) -> ClusterConfig:
-    section = {"workers": 1, "device": "cpu", "address": address, **changes}
+    section = {"workers": 1, "device": "cpu", "address": address, "parallel": None, **changes}
     return parse("cluster", section, ClusterConfig)
 
 
@@ -129,6 +129,26 @@ def test_a_host_that_cannot_be_used_is_named_in_time(
         ):
             pass
     assert time.monotonic() - started < 10 * len(cases)
+
+
+def test_a_hosts_devices_go_to_workers_in_groups(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert hosts.groups_of(4, 1) == ["0", "1", "2", "3"]
+    assert hosts.groups_of(5, 2) == ["0,1", "2,3"]
+
+    async def one(*_: Any) -> list[int]:
+        return [1]
+
+    monkeypatch.setattr(hosts, "_reach", one)
+    spread = {"kind": "device_map", "devices": 2, "map": "auto"}
+    with (
+        pytest.raises(
+            ConfigError, match=r"1 CUDA devices on 127\.0\.0\.1, and cluster\.parallel\.d"
+        ),
+        open_cluster(config_of(SSH, device="cuda", parallel=spread), threads=1),
+    ):
+        pass
 
 
 SBATCH = """#!/bin/sh

@@ -6,13 +6,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from pipeline.capture import layout_of
 from pipeline.config import parse
 from pipeline.embedded import train_tokenizer
 from pipeline.interface import Head, HeadRule
@@ -26,6 +29,7 @@ from pipeline.pin import (
     probe,
     write_interface,
 )
+from pipeline.session import Session
 from pipeline.target import (
     Target,
     TargetSpec,
@@ -35,7 +39,9 @@ from pipeline.target import (
     read_spec,
     sample_digest,
 )
+from pipeline.teacher import Pass
 from storage.errors import ConfigError, TargetError
+from tests.pipeline.test_capture import config_of
 
 Build = Callable[..., Any]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -335,6 +341,68 @@ def test_a_model_without_a_usable_interface_is_refused(
 
 class _LayerNorm(nn.LayerNorm):
     """Subtracts the mean."""
+
+
+# on a CPU the disk is the second device: accelerate's hooks fetch what lies there for each call
+PLACES = tuple(
+    (name, "disk" if name == "model.layers.1" else "cpu")
+    for name in ("model.embed_tokens", "model.rotary_emb", "model.norm",
+                 *(f"model.layers.{n}" for n in range(4)), "lm_head")
+)  # fmt: skip
+
+
+def test_a_spread_target_gives_the_same_numbers(pinned: Path) -> None:
+    pytest.importorskip("accelerate")
+    plain, spread = load_target(pinned), load_target(pinned, device_map=PLACES)
+    assert set(spread.model.hf_device_map.values()) == {"cpu", "disk"}
+    tokens = torch.arange(24).view(2, 12)
+    found, wanted = (t.forward(tokens, layers=[0, 1, 2, 3]) for t in (spread, plain))
+    assert wanted.hidden is not None
+    assert found.hidden is not None
+    assert torch.equal(found.hidden, wanted.hidden)
+    assert torch.equal(found.last_hidden, wanted.last_hidden)
+    logits = [t.logits(wanted.last_hidden[0]) for t in (spread, plain)]
+    assert torch.equal(*logits)
+    sessions = [Session(t, 2, 16, layers=[1]) for t in (spread, plain)]
+    for piece in (tokens[:, :9], tokens[:, 9:]):
+        steps = [s.extend(piece, torch.full((2,), piece.shape[1])) for s in sessions]
+        assert torch.equal(steps[0].logits, steps[1].logits)
+    row = {"id": "a", "domain": "d", "law": "T=1", "tokens": list(range(12)), "turn": [0] * 12}
+    config = config_of(hidden_layers=[1, 2])
+    layout = layout_of(plain.spec, config)
+    records = [
+        Pass(t, layout, rule=config.rule(), batch_tokens=64, seed=0).records([row])[0]
+        for t in (spread, plain)
+    ]
+    for name, value in vars(records[0]).items():
+        np.testing.assert_array_equal(value, getattr(records[1], name))
+
+
+@pytest.mark.parametrize(
+    ("places", "sentence"),
+    [
+        (PLACES[:-1], r"map with no place for lm_head\.weight; expected a device for every module"),
+        ((*PLACES, ("model.layers.9", "cpu")), r"map with a place for 'model\.layers\.9'; expec"),
+    ],
+)
+def test_a_map_that_does_not_fit_is_refused(
+    pinned: Path, tiny_model: Build, monkeypatch: pytest.MonkeyPatch, places: Any, sentence: str
+) -> None:
+    model = tiny_model(vocab_size=270)
+    monkeypatch.setattr("pipeline.target.load_model", lambda *_, **__: model)
+    with pytest.raises(TargetError, match=sentence):
+        load_target(pinned, device_map=places)
+
+
+def test_layers_without_room_on_the_devices_are_told(
+    pinned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = SimpleNamespace(hf_device_map={"model.layers.0": 0, "model.layers.1": "disk"})
+    monkeypatch.setattr("pipeline.target.load_model", lambda *_, **__: model)
+    with pytest.raises(
+        TargetError, match=r"layers of the target left to disk; .*parallel\.devices"
+    ):
+        load_target(pinned, device_map="auto")
 
 
 def test_a_changed_file_is_refused_by_name(home: Path, pinned: Path, tiny_model: Build) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline import topk
-from pipeline.topk import Rule, first_bad_row, sample_count, truncate
+from pipeline.topk import Rule, block_size, sample_count, truncate
 
 RULE = Rule(min_prob=1e-2, max_kept=12, tail_samples=8, tail_full_mass=0.05, tail_min_mass=1e-4)
 
@@ -140,19 +140,55 @@ def test_the_estimate_from_samples_is_unbiased() -> None:
 def test_rows_do_not_depend_on_their_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = logits_of(7)
     whole = kept_of(logits)
-    monkeypatch.setattr(topk, "CHUNK_ELEMENTS", 150)
+    monkeypatch.setattr(topk, "CHUNK_ELEMENTS", 800)
+    monkeypatch.setattr(topk, "TILE_ELEMENTS", 100)
     for name, value in vars(kept_of(logits)).items():
         assert torch.equal(value, getattr(whole, name)), name
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_the_first_row_that_is_not_finite_is_found(bad: float) -> None:
-    logits = logits_of(8)
-    assert first_bad_row(logits) is None
+@pytest.mark.parametrize("vocab_size", [50, 64])
+def test_the_entropy_of_a_row_that_is_not_finite_is_not(bad: float, vocab_size: int) -> None:
+    logits = logits_of(8, vocab_size=vocab_size)
     logits[11, 3] = bad
-    logits[30, 0] = bad
-    assert first_bad_row(logits) == 11
-    assert first_bad_row(logits.bfloat16()) == 11
+    logits[30, vocab_size - 1] = bad
+    logits[31] = bad
+    for rule in (RULE, rule_of(), rule_of(top_p=0.9)):
+        for dtype in (torch.float32, torch.bfloat16):
+            found = kept_of(logits.to(dtype), rule).entropy.isfinite()
+            assert (~found).nonzero()[:, 0].tolist() == [11, 30, 31]
+
+
+@pytest.mark.parametrize("vocab_size", [31, 32, 33, 64, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_end_of_a_block_is_lost(vocab_size: int, dtype: torch.dtype) -> None:
+    """Vocabularies of whole blocks, and with a short one at the end."""
+    logits = logits_of(12, vocab_size=vocab_size, scale=1.0).to(dtype)
+    logits[:, vocab_size - 1] = 4.0
+    logits[:, block_size(vocab_size) - 1 : block_size(vocab_size) + 1] = 3.5
+    kept = kept_of(logits, rule_of(min_prob=2e-3))
+    for r, row in enumerate(rows_of(kept)):
+        order, p = likeliest(logits[r])
+        assert row["ids"].tolist() == order[: len(row["ids"])]
+        assert len(row["ids"]) == min(12, int((p >= 2e-3).sum()))
+        rest = order[len(row["ids"]) :]
+        np.testing.assert_allclose(kept.tail_logp_mass[r].exp(), p[rest].sum(), rtol=1e-6)
+        assert set(row["tail_ids"]) <= set(rest)
+
+
+def test_a_row_is_kept_more_exactly_than_by_float32_softmax() -> None:
+    logits = logits_of(13, rows=4, vocab_size=40_000, scale=6.0)
+    kept, truth = kept_of(logits, rule_of(min_prob=1e-4)), torch.log_softmax(logits.double(), -1)
+    row = torch.repeat_interleave(kept.kept)
+    plain = torch.log_softmax(logits, -1).exp()[row, kept.ids].double()
+    exact = truth[row, kept.ids].exp()
+    assert (kept.p / exact - 1).abs().max() < 3e-7 < (plain / exact - 1).abs().max()
+    outside = truth.exp().index_put((row, kept.ids), torch.tensor(0.0, dtype=torch.float64))
+    torch.testing.assert_close(
+        kept.tail_logp_mass.double(), outside.sum(-1).log(), rtol=0, atol=1e-6
+    )
+    entropy = -(truth.exp() * truth).sum(-1)
+    torch.testing.assert_close(kept.entropy.double(), entropy, rtol=0, atol=1e-6)
 
 
 def rule_of(**changes: float) -> Rule:
@@ -197,7 +233,8 @@ def test_a_nucleus_is_the_shortest_run_that_holds_top_p(
 def test_no_rule_looks_beyond_its_row(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
     logits = logits_of(11)
     whole = vars(kept_of(logits, rule))
-    monkeypatch.setattr(topk, "CHUNK_ELEMENTS", 150)
+    monkeypatch.setattr(topk, "CHUNK_ELEMENTS", 800)
+    monkeypatch.setattr(topk, "TILE_ELEMENTS", 100)
     for name, value in vars(kept_of(logits, rule)).items():
         assert torch.equal(value, whole[name]), name
 
@@ -237,9 +274,9 @@ class Widest(TorchDispatchMode):
 
 @pytest.mark.parametrize("rule", [rule_of(min_prob=1e-3), rule_of(), rule_of(top_p=0.9)])
 def test_no_wide_tensor_grows_with_the_rows(rule: Rule) -> None:
-    """V = 262,144, bf16 logits of 12 rows: float32 exists for four of them at a time."""
+    """V = 262,144, bf16 logits of 12 rows: float32 exists for eight of them at the most."""
     logits = torch.zeros(12, 262_144, dtype=torch.bfloat16)
     logits[:, :3] = 12.0
     with Widest() as widest:
         kept_of(logits, rule)
-    assert widest.elements == topk.CHUNK_ELEMENTS < logits.numel()
+    assert widest.elements <= topk.CHUNK_ELEMENTS < logits.numel()

@@ -280,7 +280,7 @@ def test_two_workers_write_what_one_writes(here: Path, monkeypatch: pytest.Monke
     before = digests(here)
     for name in ("sequences", "cache", "metrics", ".scratch"):
         shutil.rmtree(here / name)
-    config = ClusterConfig(workers=2, device="cpu", address=None)
+    config = ClusterConfig(workers=2, device="cpu", address=None, parallel=None)
     assert device(config) == "cpu"
     # both stages share the workers: their start is what takes time
     with open_cluster(config, threads=1) as workers:
