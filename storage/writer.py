@@ -24,7 +24,15 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from storage.errors import CacheError
-from storage.layout import VERSION, Array, Layout, chunk_length
+from storage.layout import (
+    BITSHUFFLED,
+    NARROW_LEVEL,
+    VERSION,
+    WIDE_LEVEL,
+    Array,
+    Layout,
+    chunk_length,
+)
 from storage.manifest import (
     ATTRIBUTE,
     FORMAT,
@@ -41,8 +49,6 @@ from storage.record import Record, supervised
 from storage.workspace import digest, remove, sync, sync_folder
 
 WRITE = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
-# zstd 9 gains 1 % over 3 and takes three times as long (reference/ecosystem.md §3.1)
-ZSTD_LEVEL = 3
 
 
 def plan_parts(lengths: Sequence[int], *, part_tokens: int) -> list[tuple[int, int]]:
@@ -198,7 +204,12 @@ def _write_array(group: Any, array: Array, value: NDArray[Any], layout: Layout) 
         shards=(shard, *width),
         fill_value=_fill(value.dtype),
         compressors=[
-            BloscCodec(typesize=itemsize, cname="zstd", clevel=ZSTD_LEVEL, shuffle="bitshuffle"),
+            BloscCodec(
+                typesize=itemsize,
+                cname="zstd",
+                clevel=WIDE_LEVEL if width else NARROW_LEVEL,
+                shuffle="bitshuffle" if array.name in BITSHUFFLED else "shuffle",
+            ),
             Crc32cCodec(),
         ],
         dimension_names=array.dims,
