@@ -1,13 +1,13 @@
 """Is a cache intact and sound? Digests of every file, then the structure of every part; no model.
 
-    findings = check_cache(Path("cache/train.zarr"))   # empty: nothing found
+    findings = check_cache(Path("cache/train.zarr"))   # or a URL; empty: nothing found
 
 What the numbers should have been is beyond this file: `stages/verify` replays sequences through
 the target (pipeline/audit). Dims: T tokens of a part, E entries, M samples.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.codecs import LEVELS, decode_p, p_cell, p_error
-from storage.errors import LkcacheError
+from storage.errors import CorruptPart, MissingManifest, NewerFormat
 from storage.layout import Layout
-from storage.manifest import read_manifest
+from storage.manifest import MANIFEST, MANIFEST_DIGEST, Manifest, read_manifest
 from storage.reader import Cache
 from storage.record import supervised
+from storage.remote import is_url
 from storage.workspace import file_names
 
 # Σ kept p + tail mass is 1 up to the rounding of codes (summed exactly below) and of the float32
@@ -51,27 +52,34 @@ class Finding:
         return f"{where}: {self.message}" if where else self.message
 
 
-def check_cache(path: Path, *, progress: Callable[[str], None] | None = None) -> list[Finding]:
+def check_cache(
+    path: Path | str, *, progress: Callable[[str], None] | None = None
+) -> list[Finding]:
     """Re-hash every file and check the structure of every part; damage is found, never raised.
 
-    `progress` is called with each part's name before it is read.
+    Of a store (a URL) every file is fetched; `CacheError` where that cannot be reached. `progress`
+    is called with each part's name before it is read.
     """
     try:
-        manifest = read_manifest(path)
-    except LkcacheError as error:
+        if is_url(path):  # compares sizes here, digests as arrays come
+            cache = Cache.open(path)
+            findings = list(_strange(cache.manifest, cache.file_names()))
+        else:
+            findings = list(_file_findings(Path(path)))
+            # structure of files that are not the cache's own says nothing
+            cache = Cache.open(path) if not findings else None
+    except (CorruptPart, MissingManifest, NewerFormat) as error:
         return [Finding("", "", str(error))]
-    findings = list(_file_findings(path))
-    if findings:
-        return findings  # structure of files that are not the cache's own says nothing
-    cache = Cache.open(path)
+    if findings or cache is None:
+        return findings
+    manifest = cache.manifest
     seen: Counter[str] = Counter()
     for number, part in enumerate(manifest.parts):
         if progress:
             progress(part.name)
-        try:
-            arrays = {a.name: cache.array(number, a.name) for a in cache.layout.arrays()}
-        except LkcacheError as error:
-            findings.append(Finding(part.name, "", str(error)))
+        arrays, damaged = _arrays(cache, number)
+        findings += damaged
+        if damaged:
             continue
         unsound = _part_findings(arrays, manifest.layout, part.counts["row"])
         findings += [Finding(part.name, name, said) for name, said in unsound]
@@ -84,20 +92,36 @@ def check_cache(path: Path, *, progress: Callable[[str], None] | None = None) ->
     return findings
 
 
+def _arrays(cache: Cache, part: int) -> tuple[dict[str, NDArray[Any]], list[Finding]]:
+    """All arrays of a part that can be read, and what is wrong with the others."""
+    arrays, damaged = {}, []
+    for array in cache.layout.arrays():
+        try:
+            arrays[array.name] = cache.array(part, array.name)
+        except CorruptPart as error:
+            damaged.append(Finding(cache.manifest.parts[part].name, "", str(error)))
+    return arrays, damaged
+
+
+def _strange(manifest: Manifest, names: Collection[str]) -> Iterator[Finding]:
+    """Files that the manifest does not list."""
+    listed = {MANIFEST, MANIFEST_DIGEST, *manifest.files}
+    listed |= {f"{part.name}/{name}" for part in manifest.parts for name in part.files}
+    for name in sorted(set(names) - listed):
+        yield Finding("", name, "is not in the manifest")
+
+
 def _file_findings(path: Path) -> Iterator[Finding]:
     """Files missing, changed or strange."""
     manifest = read_manifest(path)
-    listed = {"manifest.json", "manifest.sha256", *manifest.files}
     for name, entry in manifest.files.items():
         if problem := entry.problem(path / name, digest=True):
             yield Finding("", "", f"{name} {problem}")
     for part in manifest.parts:
         for name, entry in part.files.items():
-            listed.add(f"{part.name}/{name}")
             if problem := entry.problem(path / part.name / name, digest=True):
                 yield Finding(part.name, name, problem)
-    for name in sorted(set(file_names(path)) - listed):
-        yield Finding("", name, "is not in the manifest")
+    yield from _strange(manifest, file_names(path))
 
 
 def _part_findings(arrays: Arrays, layout: Layout, num_rows: int) -> Iterator[tuple[str, str]]:
