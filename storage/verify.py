@@ -213,49 +213,81 @@ def _unsupervised_findings(arrays: Arrays, rows: NDArray[np.bool_]) -> Iterator[
 
 def _law_findings(arrays: Arrays, rows: NDArray[np.bool_]) -> Iterator[tuple[str, str]]:
     """Each stored law must be one: distinct ids, mass 1, the emitted token's p consistent."""
-    num_tokens = len(rows)
-    owner = np.repeat(np.arange(num_tokens), arrays["kept"])
-    key = (owner.astype(np.uint64) << np.uint64(32)) | arrays["topk_ids"]
-    ordered = np.sort(key)
+    laws = _Laws(arrays["kept"])
+    token = np.arange(len(rows), dtype=np.uint64) << np.uint64(32)
+    ordered = np.sort(np.repeat(token, arrays["kept"]) | arrays["topk_ids"])
     if (ordered[1:] == ordered[:-1]).any():
         yield "topk_ids", "holds an id twice in one token"
-    sampled = np.repeat(np.arange(num_tokens, dtype=np.uint64), arrays["tail_kept"])
-    if np.isin((sampled << np.uint64(32)) | arrays["tail_ids"], ordered).any():
+    sampled = np.repeat(token, arrays["tail_kept"]) | arrays["tail_ids"]
+    if _any_in(sampled, ordered):
         yield "tail_ids", "holds an id that its token keeps: a sample must come from the tail"
-    p, error = decode_p(arrays["topk_p"]).astype(np.float64), p_error(arrays["topk_p"])
-    mass = np.bincount(owner, p, minlength=num_tokens) + np.exp(arrays["tail_logp_mass"])
-    slack = np.bincount(owner, error, minlength=num_tokens) + MASS_TOLERANCE
-    off = rows & (np.abs(mass - 1) > slack)
+    p, error = decode_p(arrays["topk_p"]), p_error(arrays["topk_p"])
+    mass = laws.total(p) + np.exp(arrays["tail_logp_mass"].astype(np.float64))
+    off = rows & (np.abs(mass - 1) > laws.total(error) + MASS_TOLERANCE)
     if off.any():
         at = int(off.argmax())
         yield "topk_p", f"{int(off.sum())} laws do not sum to 1, token {at} to {mass[at]:.6f}"
     empty = rows & (arrays["kept"] == 0) & (arrays["tail_kept"] == 0) & (arrays["token_logp"] == 0)
     if empty.any():
         yield "kept", f"{int(empty.sum())} supervised tokens hold no data"
-    yield from _emitted_findings(arrays, owner, p, error)
-    yield from _order_findings(arrays, owner)
+    yield from _emitted_findings(arrays, p, error)
+    yield from _order_findings(arrays, laws)
+
+
+class _Laws:
+    """Where each token's entries lie; a pass of numpy over entries is what verifying costs."""
+
+    def __init__(self, kept_T: NDArray[np.uint16]) -> None:
+        ends = kept_T.cumsum(dtype=np.int64)
+        self.some = kept_T > 0
+        """[T] tokens that keep any."""
+        self.first = (ends - kept_T)[self.some]
+        """Of each of these, its first entry."""
+
+    def total(self, value_E: NDArray[np.floating]) -> NDArray[np.float64]:
+        """[T] sums over a token's entries, in float64."""
+        sums = np.zeros(len(self.some))
+        if len(self.first):
+            sums[self.some] = np.add.reduceat(value_E, self.first, dtype=np.float64)
+        return sums
+
+    def least(self, value_E: NDArray[Any], *, default: Any) -> NDArray[Any]:
+        """[T] the least of a token's entries."""
+        found = np.full(len(self.some), default, dtype=value_E.dtype)
+        if len(self.first):
+            found[self.some] = np.minimum.reduceat(value_E, self.first)
+        return found
+
+
+def _any_in(keys: NDArray[np.uint64], ordered: NDArray[np.uint64]) -> bool:
+    """Whether any key is among sorted ones."""
+    if not len(ordered):
+        return False
+    at = np.minimum(np.searchsorted(ordered, keys), len(ordered) - 1)
+    return bool((ordered[at] == keys).any())
 
 
 def _emitted_findings(
-    arrays: Arrays, owner: NDArray[np.int64], p: NDArray[np.float64], error: NDArray[np.float64]
+    arrays: Arrays, p: NDArray[np.float32], error: NDArray[np.float64]
 ) -> Iterator[tuple[str, str]]:
     """Where x_{t+1} is among the kept ids, exp(token_logp) must lie in its code's cell."""
     following = np.append(arrays["tokens"][1:], 0)  # an unsupervised last token owns no entry
-    hit = arrays["topk_ids"] == following[owner]
-    exact = np.exp(arrays["token_logp"].astype(np.float64))[owner[hit]]
+    hit = np.flatnonzero(arrays["topk_ids"] == np.repeat(following, arrays["kept"]))
+    owner = np.searchsorted(arrays["kept"].cumsum(dtype=np.int64), hit, side="right")
+    exact = np.exp(arrays["token_logp"].astype(np.float64))[owner]
     wrong = int((np.abs(exact - p[hit]) > error[hit] + P_TOLERANCE).sum())
     if wrong:
-        yield "token_logp", f"contradicts topk_p at {wrong} of {int(hit.sum())} tokens"
+        yield "token_logp", f"contradicts topk_p at {wrong} of {len(hit)} tokens"
 
 
-def _order_findings(arrays: Arrays, owner: NDArray[np.int64]) -> Iterator[tuple[str, str]]:
+def _order_findings(arrays: Arrays, laws: _Laws) -> Iterator[tuple[str, str]]:
     """A token keeps its most probable ids, likeliest first; its samples are no likelier."""
-    code = arrays["topk_p"].astype(np.int64)
-    rising = int(((code[1:] > code[:-1]) & (owner[1:] == owner[:-1])).sum())
-    if rising:
+    code = arrays["topk_p"]
+    rises = code[1:] > code[:-1]
+    rises[laws.first[1:] - 1] = False  # from one token to the next
+    if rising := int(rises.sum()):
         yield "topk_p", f"rises within a token {rising} times: ids must come likeliest first"
-    least = np.ones(len(arrays["kept"]))
-    np.minimum.at(least, owner, p_cell(arrays["topk_p"])[1])
+    least = p_cell(laws.least(code, default=LEVELS))[1]  # the cell of no entry ends at 1
     logp = arrays["tail_logp"].astype(np.float64)
     sampled = np.repeat(least, arrays["tail_kept"])
     likelier = int((np.exp(logp * (1 + HALF_STEP)) > sampled + P_TOLERANCE).sum())
