@@ -13,7 +13,9 @@ codec pipeline writes, whatever the caller configured: its bytes are the same on
 import json
 import math
 import os
+import re
 import shutil
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,8 @@ from storage.manifest import (
 from storage.record import Record, supervised
 from storage.workspace import digest, remove, sync, sync_folder
 
+HOST = re.sub(r"[^\w-]", "-", socket.gethostname())
+"""In the names of unfinished folders alone, which no cache keeps."""
 WRITE = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
 
 
@@ -91,8 +95,9 @@ def write_part(folder: Path, index: int, records: Sequence[Record], layout: Layo
     for record in records:
         record.check(layout)
     name = part_name(index)
-    # a retried task may race its zombie, hence the process id; `seal` sweeps what a kill leaves
-    partial = folder / f".{name}.{os.getpid()}.partial"
+    # a retried task may race its zombie, here or on another host of a shared disk, hence process
+    # and host; `seal` sweeps what a kill leaves
+    partial = folder / f".{name}.{HOST}.{os.getpid()}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
