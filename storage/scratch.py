@@ -7,8 +7,9 @@
 What a stage's latest run left is *resumable*: the next run of the same parameters and inputs goes
 on from it. Work of other fingerprints is *stale*: no run uses it until its parameters come back.
 Whole outs that a run of other parameters replaced are *set aside*: a run of theirs takes them back,
-and they are the only copy. A stage whose lock is held, or whose publication was cut off (its journal stands, and the next run
-rolls it forward), is never touched. Reads names, sizes and locks; knows no stage.
+and they are the only copy. A stage whose lock is held, or whose publication was cut off (its
+journal stands, and the next run rolls it forward), is never touched. Reads names, sizes and locks;
+knows no stage.
 """
 
 import re

@@ -47,7 +47,7 @@ class Shard:
     chunk: int
     """C: rows of an inner chunk."""
     fetch: Callable[[int, int], bytes] | None = None
-    """(start, length) -> bytes of a file that is not on this disk; a negative start from its end."""
+    """(start, length) -> bytes of a file that lies elsewhere; a negative start from its end."""
 
     @property
     def num_chunks(self) -> int:
@@ -120,7 +120,8 @@ class Shard:
 def open_shard(folder: Path, *, fetch: Callable[[int, int], bytes] | None = None) -> Shard | None:
     """The shard of the array in `folder`, or None where its metadata is not what FORMAT.md fixes.
 
-    fetch: reads stretches of its chunk file where that lies elsewhere. Reads `zarr.json` alone; `ValueError` or `KeyError` where that is no array's metadata.
+    fetch: reads stretches of its chunk file where that lies elsewhere. Reads `zarr.json` alone;
+    `ValueError` or `KeyError` where that is no array's metadata.
     """
     metadata = json.loads((folder / METADATA).read_bytes())
     shape = tuple(metadata["shape"])
