@@ -61,16 +61,14 @@ def check_cache(
     is called with each part's name before it is read.
     """
     try:
-        if is_url(path):  # compares sizes here, digests as arrays come
-            cache = Cache.open(path)
-            findings = list(_strange(cache.manifest, cache.file_names()))
-        else:
-            findings = list(_file_findings(Path(path)))
-            # structure of files that are not the cache's own says nothing
-            cache = Cache.open(path) if not findings else None
+        findings = [] if is_url(path) else list(_file_findings(Path(path)))
+        if findings:
+            return findings  # structure of files that are not the cache's own says nothing
+        cache = Cache.open(path)  # of a store: sizes here, digests as arrays come
+        findings += _strange(cache.manifest, cache.file_names())
     except (CorruptPart, MissingManifest, NewerFormat) as error:
         return [Finding("", "", str(error))]
-    if findings or cache is None:
+    if findings:
         return findings
     manifest = cache.manifest
     seen: Counter[str] = Counter()
@@ -259,7 +257,7 @@ class _Laws:
         return found
 
 
-def _any_in(keys: NDArray[np.uint64], ordered: NDArray[np.uint64]) -> bool:
+def _any_in(keys: NDArray[Any], ordered: NDArray[Any]) -> bool:
     """Whether any key is among sorted ones."""
     if not len(ordered):
         return False
