@@ -1,20 +1,26 @@
 """What a byte of cache buys: lost mass on made-up laws, and the α of drafts trained from the cache.
 
-    python -m benchmarks.rate PROJECT     # some fifteen minutes; writes rate.md and two pictures
+    python -m benchmarks.rate lost             # some four minutes
+    python -m benchmarks.rate alpha PROJECT    # some fifteen
+    python -m benchmarks.rate bytes PROJECT    # three: α's bytes alone, after a change of codecs
 
-PROJECT is a finished project whose target is small enough for mode `full`. Two tables:
+Each writes its half of the figures, then rate.md and the pictures from all of them. The figures lie
+in pipeline/templates/rate.json, from where the report draws them too.
 
-*Lost mass.* Laws of benchmarks/synthetic.py at V = 128,256, cut by every rule, written by the
-project's own writer. Bytes are those of ids, values, counts and tail mass on disk, all metadata
-apart; tail samples stand in a column of their own. The error of values is the total variation
-between kept p and what their codes say.
+*lost*: laws of benchmarks/synthetic.py at V = 128,256, cut by every rule, written by the project's
+own writer. Bytes are those of ids, values, counts and tail mass on disk, all metadata apart; tail
+samples stand in a column of their own. One row is the threshold at which exactly as much is lost as
+beyond the likeliest 128 ids. The error of values is the total variation between kept p and what
+their codes say.
 
-*Trained α.* The project's sequences are captured again under each setting by `stages.capture`; an
-`lm` draft of each seed is trained from every cache, from one shared KL start, same data, steps and
-rate; its α is exact, on the held-out cache of mode `full`. `renormalised` is what peers store: the
-kept ids alone, scaled to sum to 1, made here from the same records as they are read.
+*alpha*: PROJECT is a finished project whose target is small enough for mode `full`. Its sequences
+are captured again under each setting by `stages.capture`; an `lm` draft of each seed is trained
+from every cache, from one shared KL start, same data, steps and rate; its α is exact, on the
+held-out cache of mode `full`. `renormalised` is what peers store: the kept ids alone, scaled to sum
+to 1, made here from the same records as they are read.
 """
 
+import json
 import os
 import platform
 import shutil
@@ -30,7 +36,7 @@ import numpy as np
 import torch
 
 import pipeline.train
-from benchmarks.synthetic import documents, layout, records
+from benchmarks.synthetic import DOCUMENT_TOKENS, documents, layout, records
 from lkcache.presets import yaml
 from pipeline.batch import Batch
 from pipeline.charts import Series, lines
@@ -38,18 +44,18 @@ from pipeline.checkpoint import load_draft
 from pipeline.config import load
 from pipeline.law import SparseLaw
 from pipeline.loss import find
+from pipeline.rate import DATA, LAW, alpha_series, lost_series
 from pipeline.topk import Kept, Rule, truncate
 from pipeline.train import FitConfig, Inputs, fit_from_cache, open_inputs
 from stages import capture
 from storage.codecs import decode_p, encode_p
 from storage.reader import Cache
+from storage.workspace import write_json
 from storage.writer import write_part
 
 HERE = Path(__file__).parent
-REGIMES = {"c14": 2, "c06": 1}
-"""Documents of 1,024 tokens of each regime."""
-WRITTEN = [1024] * 32
-"""Lengths of the sequences that are written: the documents in a circle, ids renamed each time."""
+REGIMES = {"c14": 4, "c06": 4}
+"""Documents of 1,024 tokens of each regime; each is written once, so that nothing repeats."""
 SAMPLED = {"tail_samples": 16, "tail_full_mass": 0.05, "tail_min_mass": 1e-4}
 RULES = {
     "p >= 1e-3": {"min_prob": 1e-3, "max_kept": 1024},
@@ -61,7 +67,6 @@ RULES = {
     "fixed K = 64": {"max_kept": 64},
     "fixed K = 128": {"max_kept": 128},
 }
-LAW = ("kept", "topk_ids", "topk_p", "tail_logp_mass")
 SAMPLES = ("tail_kept", "tail_ids", "tail_logp")
 
 WHOLE = dict.fromkeys(
@@ -83,45 +88,71 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 RENORMALISED = {"K = 16, renormalised": "K = 16, none", "K = 64, renormalised": "K = 64, none"}
 SEEDS, OBJECTIVES = (0, 1), ("kl", "lk_lambda")
+FORMER = "former_codecs"
+"""Marks rows whose bytes were measured before a change of codecs: `bytes` takes them anew."""
+Row = dict[str, Any]
+"""One line of a table, as the data file holds it."""
 
 
-def lost_mass() -> list[tuple[str, str, float, float, float, float, float]]:
-    """Regime, rule, kept ids, lost mass, B/token of the law, of the samples, TV of the values."""
-    rows = []
+def lost_mass() -> list[Row]:
+    """By regime and rule: kept ids, lost mass, B/token of law and samples, TV of the values."""
+    rows: list[Row] = []
     for regime, num in REGIMES.items():
-        kept: dict[str, list[Kept]] = {name: [] for name in RULES}
-        generator = torch.Generator().manual_seed(0)
-        for law in documents(regime, num_documents=num, seed=0):
-            logp = torch.from_numpy(law).log()
-            shape = (len(law), SAMPLED["tail_samples"])
-            uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
-            token = torch.zeros(len(law), dtype=torch.int64)
-            for name, rule in RULES.items():
-                full = Rule(**{**SAMPLED, **rule})  # type: ignore[arg-type]
-                kept[name].append(truncate(logp, token, rule=full, uniform_NM=uniform))
-        for name, laws in kept.items():
-            counts = torch.cat([k.kept for k in laws]).float()
-            lost = torch.cat([k.tail_logp_mass for k in laws]).exp()
-            p = torch.cat([k.p for k in laws]).numpy()
-            off = 0.5 * np.abs(decode_p(encode_p(p)) - p).sum() / len(counts)
-            law_bytes, sample_bytes = bytes_per_token(laws)
-            mean = (float(counts.mean()), float(lost.mean()))
-            rows.append((regime, name, *mean, law_bytes, sample_bytes, float(off)))
+        kept = cut(regime, num, RULES)
+        fixed = float(torch.cat([k.tail_logp_mass for k in kept["fixed K = 128"]]).exp().mean())
+        least = threshold(kept["p >= 2e-4"], fixed)
+        name = f"p >= {least:.2e}, which loses what K = 128 does"
+        kept |= cut(regime, num, {name: {"min_prob": least, "max_kept": 1024}})
+        for rule in sorted(kept, key=[*RULES, name].index):
+            rows.append({"regime": regime, "rule": rule, **measured(kept[rule])})
             print(rows[-1], flush=True)
     return rows
 
 
-def bytes_per_token(kept: list[Kept]) -> tuple[float, float]:
-    """What the writer makes of these laws: bytes a token of the law and of its tail samples."""
+def cut(regime: str, num: int, rules: dict[str, dict[str, Any]]) -> dict[str, list[Kept]]:
+    """What each rule keeps of a regime's documents."""
+    kept: dict[str, list[Kept]] = {name: [] for name in rules}
+    generator = torch.Generator().manual_seed(0)
+    for law in documents(regime, num_documents=num, seed=0):
+        logp = torch.from_numpy(law).log()
+        shape = (len(law), SAMPLED["tail_samples"])
+        uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+        token = torch.zeros(len(law), dtype=torch.int64)
+        for name, rule in rules.items():
+            full = Rule(**{"min_prob": 0.0, "top_p": None, **SAMPLED, **rule})
+            kept[name].append(truncate(logp, token, rule=full, uniform_NM=uniform))
+    return kept
+
+
+def threshold(kept: list[Kept], lost: float) -> float:
+    """The p down to which as much is lost; `kept` reaches below it."""
+    p = np.sort(torch.cat([k.p for k in kept]).numpy().astype(np.float64))[::-1]
+    num_tokens = sum(len(k.kept) for k in kept)
+    return float(p[np.searchsorted(p.cumsum(), (1 - lost) * num_tokens)])
+
+
+def measured(kept: list[Kept]) -> Row:
+    """What the writer makes of these laws, a token."""
+    p = torch.cat([k.p for k in kept]).numpy()
+    num_tokens = sum(len(k.kept) for k in kept)
     with tempfile.TemporaryDirectory() as folder:
-        made = list(records(kept, lengths=WRITTEN, seed=0))
+        # the last token of a sequence has no law: a little less is written than was cut
+        made = list(
+            records(kept, lengths=[DOCUMENT_TOKENS] * (num_tokens // DOCUMENT_TOKENS), seed=0)
+        )
         write_part(Path(folder), 0, made, layout())
         sizes = {
             name: sum(p.stat().st_size for p in (Path(folder) / "part-00000" / name).rglob("c/*"))
-            for name in (*LAW, *SAMPLES)
+            for name in LAW
         }
-    totals = [sum(sizes[name] for name in group) / sum(WRITTEN) for group in (LAW, SAMPLES)]
-    return totals[0], totals[1]
+    rows = num_tokens - len(made)
+    return {
+        "kept": float(torch.cat([k.kept for k in kept]).float().mean()),
+        "lost": float(torch.cat([k.tail_logp_mass for k in kept]).exp().mean()),
+        "bytes": sum(size for name, size in sizes.items() if name not in SAMPLES) / rows,
+        "sample_bytes": sum(sizes[name] for name in SAMPLES) / rows,
+        "tv": float(0.5 * np.abs(decode_p(encode_p(p)) - p).sum() / num_tokens),
+    }
 
 
 def captured(project: Path, folder: Path, setting: dict[str, Any]) -> Path:
@@ -145,7 +176,7 @@ def captured(project: Path, folder: Path, setting: dict[str, Any]) -> Path:
 def law_bytes(cache: Cache) -> float:
     """Bytes a token of what says the law, whatever the mode."""
     sizes = cache.manifest.array_bytes
-    named = (*LAW, *SAMPLES, "logits", "last_hidden")
+    named = (*LAW, "logits", "last_hidden")
     return sum(sizes.get(name, 0) for name in named) / cache.num_tokens
 
 
@@ -202,9 +233,13 @@ def _alpha(inputs: Inputs, objective: str, seed: int, heldout: Cache) -> float:
     return float(fitted.metrics["heldout_alpha"])
 
 
-def curve(project: Path) -> list[tuple[str, float, dict[str, list[float]]]]:
-    """Setting, B/token of the law, held-out α by objective and seed."""
-    rows = []
+def curve(project: Path, *, known: list[Row] | None = None) -> list[Row]:
+    """By setting: B/token of the law, held-out α by objective and seed.
+
+    known: rows of the same laws, whose α stand: bytes alone are measured.
+    """
+    rows: list[Row] = []
+    stands = {row["cache"]: _without(row, FORMER) for row in known or []}
     with tempfile.TemporaryDirectory() as root:
         folders = {}
         heldout: Cache | None = None
@@ -212,7 +247,8 @@ def curve(project: Path) -> list[tuple[str, float, dict[str, list[float]]]]:
             folders[name] = captured(project, Path(root, str(number)), setting)
             heldout = heldout or Cache.open(folders[name] / "cache/heldout.zarr")  # of mode full
             size = law_bytes(Cache.open(folders[name] / "cache/train.zarr"))
-            rows.append((name, size, trained(folders[name], heldout)))
+            found = stands.get(name) or trained(folders[name], heldout)
+            rows.append({**found, "cache": name, "bytes": size})
             print(rows[-1], flush=True)
             if name not in RENORMALISED.values() and name != "full":
                 shutil.rmtree(folders[name] / "cache")
@@ -220,12 +256,15 @@ def curve(project: Path) -> list[tuple[str, float, dict[str, list[float]]]]:
         for name, source in RENORMALISED.items():
             cache = Cache.open(folders[source] / "cache/train.zarr")
             # what peers store has no tail mass
-            size = (
-                law_bytes(cache) - cache.manifest.array_bytes["tail_logp_mass"] / cache.num_tokens
-            )
-            rows.append((name, size, trained(folders[source], heldout, peers=True)))
+            tail = cache.manifest.array_bytes["tail_logp_mass"] / cache.num_tokens
+            found = stands.get(name) or trained(folders[source], heldout, peers=True)
+            rows.append({**found, "cache": name, "bytes": law_bytes(cache) - tail})
             print(rows[-1], flush=True)
     return rows
+
+
+def _without(row: Row, key: str) -> Row:
+    return {name: value for name, value in row.items() if name != key}
 
 
 def picture(title: str, series: list[Series], *, x: str, y: str) -> str:
@@ -250,24 +289,9 @@ def picture(title: str, series: list[Series], *, x: str, y: str) -> str:
     )
 
 
-def pictures(lost: list[Any], alpha: list[Any]) -> dict[str, str]:
-    """Both curves."""
-    families = {"threshold": "p >=", "nucleus": "nucleus", "fixed K": "fixed"}
-    c14 = [row for row in lost if row[0] == "c14"]
-    first = [
-        Series(name, style, sorted((r[4], r[3]) for r in c14 if r[1].startswith(start)))
-        for style, (name, start) in enumerate(families.items())
-    ]
-    groups = {
-        "threshold, samples": [r for r in alpha if "samples" in r[0]],
-        "threshold, none": [r for r in alpha if r[0].startswith("p") and "none" in r[0]],
-        "fixed K, none": [r for r in alpha if r[0].startswith("K") and "none" in r[0]],
-        "fixed K, renormalised": [r for r in alpha if "renormalised" in r[0]],
-    }
-    second = [
-        Series(name, style, sorted((r[1], float(np.mean(r[2]["lk_lambda"]))) for r in rows))
-        for style, (name, rows) in enumerate(groups.items())
-    ]
+def pictures(lost: list[Row], alpha: list[Row]) -> dict[str, str]:
+    """Both curves, on white."""
+    first, second = lost_series(lost), alpha_series(alpha)
     return {
         "rate_lost.svg": picture("lost mass, c14", first, x="B a token", y="lost mass"),
         "rate_alpha.svg": picture(
@@ -276,39 +300,55 @@ def pictures(lost: list[Any], alpha: list[Any]) -> dict[str, str]:
     }
 
 
-def table(lost: list[Any], alpha: list[Any]) -> str:
+def table(lost: list[Row], alpha: list[Row]) -> str:
     """Both tables as Markdown."""
     out = [
         f"Machine: {os.cpu_count()} cores, {platform.machine()}, no GPU.",
         "",
         "## Lost mass against bytes, V = 128,256",
         "",
+        "Regimes fitted to what the reference states of its own: `python -m benchmarks.synthetic`.",
+        "",
         "| regime | rule | mean K | lost mass | B/token | and of 16 tail samples | TV of values |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     out += [
-        f"| {a} | {b} | {k:.1f} | {m:.4f} | {n:.1f} | {s:.1f} | {tv:.1e} |"
-        for a, b, k, m, n, s, tv in lost
+        f"| {r['regime']} | {r['rule']} | {r['kept']:.1f} | {r['lost']:.4f} | {r['bytes']:.1f} | "
+        f"{r['sample_bytes']:.1f} | {r['tv']:.1e} |"
+        for r in lost
     ]
     out += ["", "![lost mass against bytes a token](rate_lost.svg)", ""]
     out += ["## Held-out α of drafts trained from the cache", ""]
+    if any(row.get(FORMER) for row in alpha):
+        out += [
+            "Bytes are those of bitshuffle throughout, which the writer used before: now fewer.",
+            "",
+        ]
     out += ["| cache | B/token of the law | KL | LK-λ | by seed, KL | by seed, LK-λ |"]
     out += ["| --- | ---: | ---: | ---: | --- | --- |"]
-    for name, size, found in alpha:
-        means = [f"{np.mean(found[o]):.4f}" for o in OBJECTIVES]
-        seeds = [", ".join(f"{v:.4f}" for v in found[o]) for o in OBJECTIVES]
-        out.append(f"| {name} | {size:.1f} | {' | '.join([*means, *seeds])} |")
+    for row in alpha:
+        means = [f"{np.mean(row[o]):.4f}" for o in OBJECTIVES]
+        seeds = [", ".join(f"{v:.4f}" for v in row[o]) for o in OBJECTIVES]
+        out.append(f"| {row['cache']} | {row['bytes']:.1f} | {' | '.join([*means, *seeds])} |")
     return "\n".join([*out, "", "![α against bytes a token](rate_alpha.svg)", ""])
 
 
 def main() -> None:
-    """Measure both, write the page and its pictures."""
-    project = Path(sys.argv[1]).resolve()
-    alpha = curve(project)
-    lost = lost_mass()
-    for name, text in pictures(lost, alpha).items():
+    """Measure what was asked for, write the page and its pictures."""
+    data = json.loads(DATA.read_bytes()) if DATA.is_file() else {"lost": [], "alpha": []}
+    match sys.argv[1:]:
+        case ["lost"]:
+            data["lost"] = lost_mass()
+        case ["alpha", project]:
+            data["alpha"] = curve(Path(project).resolve())
+        case ["bytes", project]:
+            data["alpha"] = curve(Path(project).resolve(), known=data["alpha"])
+        case _:
+            sys.exit(__doc__)
+    write_json(DATA, data)
+    for name, text in pictures(data["lost"], data["alpha"]).items():
         (HERE / name).write_text(text, encoding="utf-8")
-    (HERE / "rate.md").write_text(table(lost, alpha), encoding="utf-8")
+    (HERE / "rate.md").write_text(table(data["lost"], data["alpha"]), encoding="utf-8")
 
 
 if __name__ == "__main__":

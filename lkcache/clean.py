@@ -12,6 +12,7 @@ from typer import Option
 from lkcache.words import age, num_bytes
 from storage.errors import WorkspaceError
 from storage.scratch import (
+    ASIDE,
     EMPTY,
     IN_USE,
     REMOVABLE,
@@ -27,6 +28,8 @@ MEANING = {
     STALE: "of other parameters or inputs: no run uses it",
     EMPTY: "nothing in it",
     RESUMABLE: "of the latest run: the next one goes on from it (--all removes it too)",
+    ASIDE: "whole outs of other parameters, this copy alone: a run of theirs takes them back "
+    "(--all removes them too)",
     IN_USE: "a process is at work on this stage: left alone",
     UNPUBLISHED: "its publication was cut off: run the stage, which finishes it; left alone",
 }
@@ -35,12 +38,15 @@ MEANING = {
 def clean(
     yes: Annotated[bool, Option("--yes", help="Remove what is listed to go.")] = False,
     every: Annotated[
-        bool, Option("--all", help="Also what the next run of a stage would resume from.")
+        bool,
+        Option(
+            "--all", help="Also what a next run would resume from, and finished outs set aside."
+        ),
     ] = False,
 ) -> None:
     """List the partial work that killed stages left under .scratch, and remove it with --yes.
 
-    Run from the project's root. Finished outputs are never touched, nor a stage that is running.
+    Run from the project's root. Outputs in place are never touched, nor a stage that is running.
     """
     root = Path()
     if not (root / "dvc.yaml").is_file():
@@ -51,10 +57,10 @@ def clean(
         )
     works = find_work(root)
     if not works:
-        print("no partial work under .scratch")
+        print("no partial work under .scratch, and nothing set aside")
         return
     console = Console()
-    removable = (*REMOVABLE, RESUMABLE) if every else REMOVABLE
+    removable = (*REMOVABLE, RESUMABLE, ASIDE) if every else REMOVABLE
     going = [work for work in works if work.state in removable]
     console.print(_table(works, going))
     freed = sum(work.num_bytes for work in going)

@@ -5,7 +5,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 from rich.console import Console
@@ -25,8 +24,8 @@ UNITS = {"token_logp": "nats", "law": "total variation", "hidden": "", "last_hid
 
 
 def diff(
-    a: Annotated[Path, Argument(help="A cache's folder.")],
-    b: Annotated[Path, Argument(help="The cache to compare it with.")],
+    a: Annotated[str, Argument(help="A cache's folder, or a URL: s3://bucket/key/train.zarr.")],
+    b: Annotated[str, Argument(help="The cache to compare it with.")],
     sequences: Annotated[
         int, Option(help="How many shared sequences to compare by value, evenly spread.")
     ] = SAMPLE,
@@ -64,7 +63,7 @@ def _plain(found: Diff) -> dict[str, Any]:
     }
 
 
-def _show(found: Diff, a: Path, b: Path) -> None:
+def _show(found: Diff, a: str, b: str) -> None:
     console = Console()
     if found.same_bytes:
         console.print(Text(f"{a} and {b} are equal byte for byte, as their manifests say."))

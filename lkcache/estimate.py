@@ -1,5 +1,7 @@
 """`lkcache estimate`: bytes, hours and free disk, before anything runs."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 from rich.console import Console
@@ -25,11 +27,16 @@ def estimate(
             help="What the machine sustains: 0.15 on 2 laptop cores, 200-400 on an H100 in bf16."
         ),
     ] = LAPTOP_TFLOPS,
+    dry_run: Annotated[
+        bool,
+        Option("--dry-run", help="Capture 32 sequences and measure; needs target/ and sequences/."),
+    ] = False,
 ) -> int:
     """Print what capture will take by params.yaml; exits with 2 where the disk will not hold it.
 
-    Each figure says whether it is assumed from the parameters, counted from sequences/ or measured
-    on this disk. Run from the project's root.
+    Each figure says whether it is assumed from the parameters, counted from sequences/ or measured:
+    on this disk, and with --dry-run by the real capture of 32 sequences, in a folder that is
+    removed. Run from the project's root.
     """
     if not tflops > 0:
         raise ConfigError(
@@ -40,6 +47,8 @@ def estimate(
     params = read_params()
     _check(params)
     lines = lines_of(params, tflops=tflops)
+    if dry_run:
+        lines = _measured(lines)
     table = Table(title=f"capture in mode {params['capture']['mode']}, by params.yaml")
     for column in ("what", "how much", "label"):
         table.add_column(column, justify="right" if column == "how much" else "left")
@@ -63,6 +72,27 @@ def estimate(
             "copy beside it: `dvc config cache.type reflink,hardlink,copy` avoids one"
         )
     return 0
+
+
+def _measured(lines: list[Line]) -> list[Line]:
+    """The estimate with what a trial found in place of what was assumed."""
+    try:
+        from pipeline.trial import trial
+    except ImportError as error:
+        raise ConfigError(
+            found=f"--dry-run without the pipeline's packages ({error})",
+            expected="torch and transformers, which pass sequences through the target",
+            todo="pip install lkcache[pipeline], or estimate without --dry-run",
+        ) from None
+    tokens = sum(line.value for line in lines if line.what.startswith("tokens, "))
+    found = trial(Path(), num_tokens=round(tokens))
+    cache = next(line for line in found if line.what == "cache")
+    kept = [line for line in lines if line.what != "cache" and line.unit not in ("B/token", "h")]
+    twice = [
+        replace(line, value=2 * cache.value, label=cache.label) if "own copy" in line.what else line
+        for line in kept
+    ]
+    return [*twice[:3], *found, *twice[3:]]
 
 
 def _check(params: dict[str, object]) -> None:

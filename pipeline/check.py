@@ -19,9 +19,9 @@ from pipeline.findings import ReportConfig
 from pipeline.generate import GenerateConfig
 from pipeline.matrix import Arm, Export, Start, check_matrix
 from pipeline.pin import TargetConfig
-from pipeline.prompts import SETS, PrepareConfig, StdlibSource
+from pipeline.prompts import SETS, PrepareConfig
 from pipeline.setting import Setting
-from pipeline.sources import check_source, require_file
+from pipeline.sources import StdlibSource, check_source, require_file
 from pipeline.train import FitConfig, WarmupConfig
 from pipeline.warm import check_start
 from storage.errors import ConfigError

@@ -30,6 +30,7 @@ from pipeline.exhibits import (
 )
 from pipeline.findings import Comparison, Findings, ReportConfig
 from pipeline.page import Table, render, to_csv, to_markdown
+from pipeline.rate import rate_exhibit
 from pipeline.record_tables import (
     cost_tables,
     coverage_tables,
@@ -149,6 +150,7 @@ def _content(
             "predicted": predicted_chart(found, style),
         },
         "traces": trace_view(records.traces),
+        "rate": rate_exhibit(records.cache),
         "agreement": agreement_words(found),
         "sharpen": records.target.get("sharpen"),
         "facts": facts(records.target, records.cache, records.metrics, records.params),

@@ -2,9 +2,10 @@
 
 Pure, numpy to numpy; what compresses the numbers (zarr's codecs) is the writer's.
 
-A probability is stored as `code = round(1023 · sqrt(p))`: uniform steps in sqrt(p) give every
-entry the same share of the KL error and beat logarithmic steps at equal width
-(reference/offline_caches.md §4.3). In uint16 the six empty planes cost nothing after bitshuffle.
+A probability is stored as `code = round(1023 · sqrt(p))`: uniform steps in sqrt(p) give every entry
+the same share of the KL error and beat logarithmic steps at equal width
+(reference/offline_caches.md §4.3). In uint16 the six empty planes cost next to nothing after
+shuffle and zstd.
 
 A hidden state in 8 bits is `code · scale`, one scale for every 128 numbers: half of bfloat16's
 bytes, and no further off than half a scale.
@@ -75,7 +76,7 @@ def encode_int8(value: NDArray[np.floating]) -> tuple[NDArray[np.int8], NDArray[
     """Codes [..., D] and scales [..., G] of finite float32 values [..., D].
 
     A scale is the group's largest value over 127, rounded up to 8 bits of mantissa: `code · scale`
-    is exact in float32, and bitshuffle drops the scale's empty planes. `pipeline.features` computes
+    is exact in float32, and shuffle gathers the scale's empty planes. `pipeline.features` computes
     the same on a device, bit for bit.
     """
     wide = np.asarray(value, dtype=np.float32)

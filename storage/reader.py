@@ -35,6 +35,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from storage.errors import LkcacheError
 from storage.layout import ARRAYS, Layout
 from storage.manifest import (
     FileEntry,
@@ -48,7 +49,8 @@ from storage.manifest import (
 from storage.order import epoch_order
 from storage.record import Record, supervised
 from storage.remote import MIRROR_BYTES, Mirror, is_url, open_mirror
-from storage.shard import Shard, open_shard
+from storage.shard import METADATA, Shard, open_shard
+from storage.workspace import file_names
 
 READ = (
     {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "codec_pipeline.strict": True}
@@ -66,6 +68,8 @@ WHOLE = -1
 """In place of a chunk's number: the whole array."""
 # Decoding a part whole pays where a quarter of it is wanted: below, its chunks are read one by one.
 WHOLE_SHARE = 4
+RANGE_BYTES = 1 << 20
+"""In a store, files up to this size are fetched whole: a request takes as long as a megabyte."""
 # zeroed at the last token of a window: it has no next one there, so no law
 LAW_OF_TOKEN = ("token_logp", "kept", "tail_logp_mass", "tail_kept")
 
@@ -246,6 +250,10 @@ class Cache:
         for part, order in epoch_order(self.part_counts, seed):
             yield from self._part_records(part, order, wanted)
 
+    def file_names(self) -> list[str]:
+        """Sorted relative names of all that lies in its folder or store, listed or not."""
+        return sorted(self._mirror.sizes()) if self._mirror else file_names(self.path)
+
     @property
     def part_counts(self) -> list[int]:
         """Sequences of each part."""
@@ -299,12 +307,17 @@ class Cache:
             self._held_bytes -= self._decoded.popitem(last=False)[1].nbytes
         return value
 
-    def _rows(self, part: int, name: str, start: int, stop: int) -> NDArray[Any]:
-        """Rows start to stop − 1 of an array; a view where they lie in one decoded piece."""
+    def _rows(
+        self, part: int, name: str, start: int, stop: int, *, all_soon: bool = False
+    ) -> NDArray[Any]:
+        """Rows start to stop − 1 of an array; a view where they lie in one decoded piece.
+
+        all_soon: the rest of it will be wanted, so a store's file is fetched whole.
+        """
         with self._lock:
             value = self._kept(part, name, WHOLE)
             if value is None and start < stop:
-                shard = self._shard(part, name)
+                shard = self._shard(part, name, whole=all_soon)
                 if shard is not None:
                     return self._chunks(part, name, shard, start, stop)
                 value = self.array(part, name)  # of codecs that zarr alone knows
@@ -338,20 +351,24 @@ class Cache:
             self._keep(part, name, number, value)
         return value
 
-    def _shard(self, part: int, name: str) -> Shard | None:
-        """An array's shard, its files found and, the first time, their digests compared."""
+    def _shard(self, part: int, name: str, *, whole: bool) -> Shard | None:
+        """An array's shard, its files found and, the first time, their digests compared.
+
+        Of a store's large files only the metadata are here unless it is wanted whole.
+        """
         entry, key = self.manifest.parts[part], (part, name)
         known = self._shards.get(key)
         files = known[1] if known else _named(entry, name)
         if self._mirror:  # which verifies what arrives
-            self._mirror.bring(files)
+            self._mirror.bring(files if whole else self._near(files))
         else:
             for file, stated in files.items():
                 if problem := stated.problem(self.path / file, digest=key not in self._hashed):
                     raise corrupt(self.name, file, problem)
         self._hashed.add(key)
         if known is None:
-            shard = self._decode(part, name, partial(open_shard, self.path / entry.name / name))
+            folder = self.path / entry.name / name
+            shard = self._decode(part, name, partial(open_shard, folder, fetch=self._far(files)))
             if shard is not None:
                 self._check_shape(part, name, shard.shape, shard.dtype)
             known = self._shards[key] = (shard, files)
@@ -359,9 +376,26 @@ class Cache:
                 self._shards.popitem(last=False)
         return known[0]
 
+    def _near(self, files: Mapping[str, FileEntry]) -> dict[str, FileEntry]:
+        """Files of a store that are metadata, small, or here already."""
+        assert self._mirror
+        return {
+            name: entry
+            for name, entry in files.items()
+            if entry.num_bytes <= RANGE_BYTES or name.endswith(METADATA) or self._mirror.holds(name)
+        }
+
+    def _far(self, files: Mapping[str, FileEntry]) -> Callable[[int, int], bytes] | None:
+        """What reads stretches of an array's chunk file in a store."""
+        chunks = [(name, entry) for name, entry in files.items() if not name.endswith(METADATA)]
+        if not self._mirror or not chunks:
+            return None
+        ((name, entry),) = chunks
+        return partial(self._mirror.range, name, entry.num_bytes)
+
     def _read(self, part: int, name: str) -> NDArray[Any]:
         with self._lock:
-            shard = self._shard(part, name)
+            shard = self._shard(part, name, whole=True)
             folder = self.path / self.manifest.parts[part].name / name
             read = shard.read_all if shard is not None else partial(_read_by_zarr, folder)
             value: NDArray[Any] = self._decode(part, name, read)
@@ -373,6 +407,8 @@ class Cache:
         """What `read` returns; whatever it raises is damage: each codec has kinds of its own."""
         try:
             return read()
+        except LkcacheError:  # a store's, which says more
+            raise
         except Exception as error:
             problem = f"cannot be decoded ({type(error).__name__}: {' '.join(str(error).split())})"
             where = f"{self.manifest.parts[part].name}/{name}"
@@ -430,7 +466,7 @@ class Cache:
                 cut[name] = (
                     whole[name][start:stop]
                     if name in whole
-                    else self._rows(part, name, start, stop)
+                    else self._rows(part, name, start, stop, all_soon=many)
                 )
             yield Record(id=index.ids[sequence], domain=index.domains[sequence], **cut)
 

@@ -8,7 +8,8 @@ its digest, lists the store once, and refuses a file that is missing, of another
 that the manifest does not know. A file is fetched whole the first time it is needed and its sha256
 compared before anything is decoded from it; what came then lies in a temporary folder (`TMPDIR`
 says where) until `limit_bytes` are held, so that a second epoch of a cache that fits costs no
-traffic.
+traffic. A window, or a few sequences of a part, take of large files the chunks that they need
+(`range`): each answers to its crc32c, and the file's sha256 waits until it is read whole.
 
 How a store is reached (endpoint, key, profile) is fsspec's and the store's own configuration:
 `AWS_*` and `FSSPEC_S3_*` in the environment. Knows nothing of arrays.
@@ -92,6 +93,22 @@ class Mirror:
             (self.folder / oldest).unlink(missing_ok=True)
             self._held_bytes -= size
 
+    def range(self, name: str, num_bytes: int, start: int, length: int) -> bytes:
+        """A stretch of a file of `num_bytes`; a negative start counts from its end. Not kept."""
+        start = max(0, num_bytes + start) if start < 0 else start
+        stop = min(num_bytes, start + length)
+        try:
+            return self._ask(
+                name,
+                lambda: bytes(self._fs.cat_file(f"{self._root}/{name}", start=start, end=stop)),
+            )
+        except FileNotFoundError:
+            raise corrupt(self.url, name, "is missing") from None
+
+    def holds(self, name: str) -> bool:
+        """Whether a file is on this disk."""
+        return name in self._held
+
     def _fetch_files(self, names: Collection[str]) -> None:
         """All at once where there are several, which a store answers side by side."""
         places = {f"{self._root}/{name}": str(self.folder / name) for name in names}
@@ -146,6 +163,20 @@ def open_mirror(url: str, *, expect: Mapping[str, str], limit_bytes: int) -> Mir
     the store cannot be reached or read.
     """
     mirror = Mirror(url, limit_bytes=limit_bytes)
+    mirror.manifest = _manifest(mirror)
+    check_source(mirror.url, mirror.manifest.source, expect)
+    _check_listing(mirror)
+    mirror.bring(mirror.manifest.files)
+    return mirror
+
+
+def remote_manifest(url: str) -> Manifest:
+    """The manifest of a cache in a store, its digest compared; errors as of `open_mirror`."""
+    return _manifest(Mirror(url, limit_bytes=0))
+
+
+def _manifest(mirror: Mirror) -> Manifest:
+    """Fetch it, with its digest, into the local folder."""
     try:
         content, stated = mirror.fetch(MANIFEST), mirror.fetch(MANIFEST_DIGEST)
     except FileNotFoundError as error:
@@ -156,11 +187,7 @@ def open_mirror(url: str, *, expect: Mapping[str, str], limit_bytes: int) -> Mir
         ) from None
     (mirror.folder / MANIFEST).write_bytes(content)
     (mirror.folder / MANIFEST_DIGEST).write_bytes(stated)
-    mirror.manifest = parse_manifest(content, stated, f"{mirror.url}/{MANIFEST}")
-    check_source(mirror.url, mirror.manifest.source, expect)
-    _check_listing(mirror)
-    mirror.bring(mirror.manifest.files)
-    return mirror
+    return parse_manifest(content, stated, f"{mirror.url}/{MANIFEST}")
 
 
 def _check_listing(mirror: Mirror) -> None:

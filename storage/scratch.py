@@ -5,30 +5,35 @@
             remove_work(root, work)
 
 What a stage's latest run left is *resumable*: the next run of the same parameters and inputs goes
-on from it. Work of other fingerprints is *stale*: no run uses it until its parameters come back. A
-stage whose lock is held, or whose publication was cut off (its journal stands, and the next run
-rolls it forward), is never touched. Reads names, sizes and locks; knows no stage.
+on from it. Work of other fingerprints is *stale*: no run uses it until its parameters come back.
+Whole outs that a run of other parameters replaced are *set aside*: a run of theirs takes them back,
+and they are the only copy. A stage whose lock is held, or whose publication was cut off (its
+journal stands, and the next run rolls it forward), is never touched. Reads names, sizes and locks;
+knows no stage.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from storage.workspace import SCRATCH, remove, scratch_root
+from storage.errors import DataError
+from storage.workspace import SCRATCH, STAMP, read_json, remove, scratch_root
 
 FINGERPRINT = re.compile(r"[0-9a-f]{16}")
-STALE, RESUMABLE, IN_USE, UNPUBLISHED, EMPTY = (
+STALE, RESUMABLE, ASIDE, IN_USE, UNPUBLISHED, EMPTY = (
     "stale",
     "resumable",
+    "set aside",
     "in use",
     "half published",
     "empty",
 )
 REMOVABLE = (STALE, EMPTY)
+ASIDE_SUFFIX = ".aside"
 
 
 @dataclass(frozen=True)
@@ -43,29 +48,49 @@ class Work:
     modified_s: float
     """Unix time of the latest change in it."""
     state: str
+    elsewhere: tuple[Path, ...] = ()
+    """What of it lies on the filesystem of its outs."""
 
 
 def find_work(root: Path) -> list[Work]:
     """All partial work of a project, by stage and age, newest first."""
     folder = scratch_root(root)
     found = []
-    for stage in sorted(p for p in folder.glob("*") if p.is_dir()):
-        works = [p for p in stage.iterdir() if p.is_dir() and FINGERPRINT.fullmatch(p.name)]
-        measured = [(path, *_measure(path)) for path in works]
+    for stage in sorted(p for p in folder.glob("*") if p.is_dir() and p.suffix != ASIDE_SUFFIX):
+        measured = [(path, *_measure([path])) for path in _fingerprints(stage)]
         measured.sort(key=lambda one: (-one[3], one[0].name))
         latest = _latest(root, stage.name) or next((p.name for p, *_ in measured), "")
         for path, files, num_bytes, modified in measured:
-            state = STALE
-            if _is_locked(root, stage.name):
-                state = IN_USE
-            elif _journal(root, stage.name).exists():
-                state = UNPUBLISHED
-            elif not files:
-                state = EMPTY
-            elif path.name == latest:
-                state = RESUMABLE
+            state = RESUMABLE if path.name == latest else STALE
+            state = _held(root, stage.name) or (state if files else EMPTY)
             found.append(Work(stage.name, path.name, path, num_bytes, modified, state))
-    return found
+    return found + list(_set_aside(root))
+
+
+def _set_aside(root: Path) -> Iterator[Work]:
+    """Outs that were moved aside; always beside the project's own stamps."""
+    for folder in sorted((root / SCRATCH).glob(f"*{ASIDE_SUFFIX}")):
+        stage = folder.name.removesuffix(ASIDE_SUFFIX)
+        for path in sorted(_fingerprints(folder)):
+            try:
+                places = [Path(p) for p in read_json(path / STAMP).get("places", {}).values()]
+            except DataError:
+                places = []
+            elsewhere = tuple(p for p in places if path.resolve() not in p.resolve().parents)
+            _, num_bytes, modified = _measure([path, *elsewhere])
+            state = _held(root, stage) or ASIDE
+            yield Work(stage, path.name, path, num_bytes, modified, state, elsewhere)
+
+
+def _fingerprints(folder: Path) -> list[Path]:
+    return [p for p in folder.iterdir() if p.is_dir() and FINGERPRINT.fullmatch(p.name)]
+
+
+def _held(root: Path, stage: str) -> str:
+    """Why nothing of a stage may go now; empty where it may."""
+    if _is_locked(root, stage):
+        return IN_USE
+    return UNPUBLISHED if _journal(root, stage).exists() else ""
 
 
 def remove_work(root: Path, work: Work) -> bool:
@@ -73,14 +98,16 @@ def remove_work(root: Path, work: Work) -> bool:
     with _locked(root, work.stage) as free:
         if not free or _journal(root, work.stage).exists():
             return False
-        remove(work.path)
+        for path in (*work.elsewhere, work.path):
+            remove(path)
     return True
 
 
-def _measure(path: Path) -> tuple[int, int, float]:
+def _measure(paths: Sequence[Path]) -> tuple[int, int, float]:
     """Number of files, their bytes, and the latest change."""
-    stats = [item.lstat() for item in path.rglob("*") if not item.is_dir()]
-    times = [stat.st_mtime for stat in stats] or [path.stat().st_mtime]
+    items = [item for path in paths for item in (path, *path.rglob("*"))]
+    stats = [item.lstat() for item in items if item.is_file()]
+    times = [stat.st_mtime for stat in stats] or [paths[0].stat().st_mtime]
     return len(stats), sum(stat.st_size for stat in stats), max(times)
 
 

@@ -14,7 +14,7 @@ Dims: N rows of an array, C rows of an inner chunk. Knows files and bytes, not m
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ from google_crc32c import value as crc32c
 from numcodecs.blosc import Blosc
 from numpy.typing import NDArray
 
+METADATA = "zarr.json"
 CRC_BYTES = 4
 ENTRY_BYTES = 16  # of the shard's index: offset and length, uint64 each
 ABSENT = 2**64 - 1
@@ -45,6 +46,8 @@ class Shard:
     dtype: np.dtype[Any]
     chunk: int
     """C: rows of an inner chunk."""
+    fetch: Callable[[int, int], bytes] | None = None
+    """(start, length) -> bytes of a file that lies elsewhere; a negative start from its end."""
 
     @property
     def num_chunks(self) -> int:
@@ -57,11 +60,7 @@ class Shard:
         `OSError` where the file cannot be read, `ValueError` or `RuntimeError` where it is damaged.
         """
         start, length = self._extents[number].tolist()
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            body = os.pread(descriptor, length, start)
-        finally:
-            os.close(descriptor)
+        body = self._bytes(start, length)
         if out is None:
             out = np.empty((self.chunk, *self.shape[1:]), dtype=self.dtype)
         self._decode(number, np.frombuffer(body, dtype=np.uint8), out)
@@ -88,10 +87,18 @@ class Shard:
     def _extents(self) -> NDArray[np.uint64]:
         """[chunks, 2] offset and length of every chunk; read once, its own crc32c verified."""
         size = self.num_chunks * ENTRY_BYTES + CRC_BYTES
-        with self.path.open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - size))
-            return self._index(np.frombuffer(file.read(), dtype=np.uint8))
+        return self._index(np.frombuffer(self._bytes(-size, size), dtype=np.uint8))
+
+    def _bytes(self, start: int, length: int) -> bytes:
+        """A stretch of the file; a negative start counts from its end."""
+        if self.fetch is not None and not self.path.exists():
+            return self.fetch(start, length)
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            end = os.fstat(descriptor).st_size if start < 0 else 0
+            return os.pread(descriptor, length, max(0, end + start))
+        finally:
+            os.close(descriptor)
 
     def _index(self, content: Bytes) -> NDArray[np.uint64]:
         size = self.num_chunks * ENTRY_BYTES + CRC_BYTES
@@ -110,12 +117,13 @@ class Shard:
         _BLOSC.decode(content, out=out)
 
 
-def open_shard(folder: Path) -> Shard | None:
+def open_shard(folder: Path, *, fetch: Callable[[int, int], bytes] | None = None) -> Shard | None:
     """The shard of the array in `folder`, or None where its metadata is not what FORMAT.md fixes.
 
-    Reads `zarr.json` alone; `ValueError` or `KeyError` where that is no array's metadata.
+    fetch: reads stretches of its chunk file where that lies elsewhere. Reads `zarr.json` alone;
+    `ValueError` or `KeyError` where that is no array's metadata.
     """
-    metadata = json.loads((folder / "zarr.json").read_bytes())
+    metadata = json.loads((folder / METADATA).read_bytes())
     shape = tuple(metadata["shape"])
     codecs = metadata["codecs"]
     if [codec["name"] for codec in codecs] != ["sharding_indexed"]:
@@ -136,7 +144,7 @@ def open_shard(folder: Path) -> Shard | None:
         return None
     dtype = np.dtype(metadata["data_type"]).newbyteorder("<")
     chunk_file = folder.joinpath("c", *("0" for _ in shape))
-    return Shard(path=chunk_file, shape=shape, dtype=dtype, chunk=inner[0])
+    return Shard(path=chunk_file, shape=shape, dtype=dtype, chunk=inner[0], fetch=fetch)
 
 
 def _names(codecs: Sequence[Mapping[str, Any]]) -> list[str]:

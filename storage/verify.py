@@ -1,13 +1,13 @@
 """Is a cache intact and sound? Digests of every file, then the structure of every part; no model.
 
-    findings = check_cache(Path("cache/train.zarr"))   # empty: nothing found
+    findings = check_cache(Path("cache/train.zarr"))   # or a URL; empty: nothing found
 
 What the numbers should have been is beyond this file: `stages/verify` replays sequences through
 the target (pipeline/audit). Dims: T tokens of a part, E entries, M samples.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.codecs import LEVELS, decode_p, p_cell, p_error
-from storage.errors import LkcacheError
+from storage.errors import CorruptPart, MissingManifest, NewerFormat
 from storage.layout import Layout
-from storage.manifest import read_manifest
+from storage.manifest import MANIFEST, MANIFEST_DIGEST, Manifest, read_manifest
 from storage.reader import Cache
 from storage.record import supervised
+from storage.remote import is_url
 from storage.workspace import file_names
 
 # Σ kept p + tail mass is 1 up to the rounding of codes (summed exactly below) and of the float32
@@ -53,27 +54,32 @@ class Finding:
         return f"{where}: {self.message}" if where else self.message
 
 
-def check_cache(path: Path, *, progress: Callable[[str], None] | None = None) -> list[Finding]:
+def check_cache(
+    path: Path | str, *, progress: Callable[[str], None] | None = None
+) -> list[Finding]:
     """Re-hash every file and check the structure of every part; damage is found, never raised.
 
-    `progress` is called with each part's name before it is read.
+    Of a store (a URL) every file is fetched; `CacheError` where that cannot be reached. `progress`
+    is called with each part's name before it is read.
     """
     try:
-        manifest = read_manifest(path)
-    except LkcacheError as error:
+        findings = [] if is_url(path) else list(_file_findings(Path(path)))
+        if findings:
+            return findings  # structure of files that are not the cache's own says nothing
+        cache = Cache.open(path)  # of a store: sizes here, digests as arrays come
+        findings += _strange(cache.manifest, cache.file_names())
+    except (CorruptPart, MissingManifest, NewerFormat) as error:
         return [Finding("", "", str(error))]
-    findings = list(_file_findings(path))
     if findings:
-        return findings  # structure of files that are not the cache's own says nothing
-    cache = Cache.open(path)
+        return findings
+    manifest = cache.manifest
     seen: Counter[str] = Counter()
     for number, part in enumerate(manifest.parts):
         if progress:
             progress(part.name)
-        try:
-            arrays = {a.name: cache.array(number, a.name) for a in cache.layout.arrays()}
-        except LkcacheError as error:
-            findings.append(Finding(part.name, "", str(error)))
+        arrays, damaged = _arrays(cache, number)
+        findings += damaged
+        if damaged:
             continue
         served = SERVED in manifest.source
         unsound = _part_findings(arrays, manifest.layout, part.counts["row"], served=served)
@@ -87,20 +93,36 @@ def check_cache(path: Path, *, progress: Callable[[str], None] | None = None) ->
     return findings
 
 
+def _arrays(cache: Cache, part: int) -> tuple[dict[str, NDArray[Any]], list[Finding]]:
+    """All arrays of a part that can be read, and what is wrong with the others."""
+    arrays, damaged = {}, []
+    for array in cache.layout.arrays():
+        try:
+            arrays[array.name] = cache.array(part, array.name)
+        except CorruptPart as error:
+            damaged.append(Finding(cache.manifest.parts[part].name, "", str(error)))
+    return arrays, damaged
+
+
+def _strange(manifest: Manifest, names: Collection[str]) -> Iterator[Finding]:
+    """Files that the manifest does not list."""
+    listed = {MANIFEST, MANIFEST_DIGEST, *manifest.files}
+    listed |= {f"{part.name}/{name}" for part in manifest.parts for name in part.files}
+    for name in sorted(set(names) - listed):
+        yield Finding("", name, "is not in the manifest")
+
+
 def _file_findings(path: Path) -> Iterator[Finding]:
     """Files missing, changed or strange."""
     manifest = read_manifest(path)
-    listed = {"manifest.json", "manifest.sha256", *manifest.files}
     for name, entry in manifest.files.items():
         if problem := entry.problem(path / name, digest=True):
             yield Finding("", "", f"{name} {problem}")
     for part in manifest.parts:
         for name, entry in part.files.items():
-            listed.add(f"{part.name}/{name}")
             if problem := entry.problem(path / part.name / name, digest=True):
                 yield Finding(part.name, name, problem)
-    for name in sorted(set(file_names(path)) - listed):
-        yield Finding("", name, "is not in the manifest")
+    yield from _strange(manifest, file_names(path))
 
 
 def _part_findings(
@@ -202,19 +224,17 @@ def _law_findings(
 
     Of `served` tokens p is not that of the stored law, and says nothing of it.
     """
-    num_tokens = len(rows)
-    owner = np.repeat(np.arange(num_tokens), arrays["kept"])
-    key = (owner.astype(np.uint64) << np.uint64(32)) | arrays["topk_ids"]
-    ordered = np.sort(key)
+    laws = _Laws(arrays["kept"])
+    token = np.arange(len(rows), dtype=np.uint64) << np.uint64(32)
+    ordered = np.sort(np.repeat(token, arrays["kept"]) | arrays["topk_ids"])
     if (ordered[1:] == ordered[:-1]).any():
         yield "topk_ids", "holds an id twice in one token"
-    sampled = np.repeat(np.arange(num_tokens, dtype=np.uint64), arrays["tail_kept"])
-    if np.isin((sampled << np.uint64(32)) | arrays["tail_ids"], ordered).any():
+    sampled = np.repeat(token, arrays["tail_kept"]) | arrays["tail_ids"]
+    if _any_in(sampled, ordered):
         yield "tail_ids", "holds an id that its token keeps: a sample must come from the tail"
-    p, error = decode_p(arrays["topk_p"]).astype(np.float64), p_error(arrays["topk_p"])
-    mass = np.bincount(owner, p, minlength=num_tokens) + np.exp(arrays["tail_logp_mass"])
-    slack = np.bincount(owner, error, minlength=num_tokens) + MASS_TOLERANCE
-    off = rows & (np.abs(mass - 1) > slack)
+    p, error = decode_p(arrays["topk_p"]), p_error(arrays["topk_p"])
+    mass = laws.total(p) + np.exp(arrays["tail_logp_mass"].astype(np.float64))
+    off = rows & (np.abs(mass - 1) > laws.total(error) + MASS_TOLERANCE)
     if off.any():
         at = int(off.argmax())
         yield "topk_p", f"{int(off.sum())} laws do not sum to 1, token {at} to {mass[at]:.6f}"
@@ -222,30 +242,64 @@ def _law_findings(
     if empty.any():
         yield "kept", f"{int(empty.sum())} supervised tokens hold no data"
     if not served:
-        yield from _emitted_findings(arrays, owner, p, error)
-    yield from _order_findings(arrays, owner)
+        yield from _emitted_findings(arrays, p, error)
+    yield from _order_findings(arrays, laws)
+
+
+class _Laws:
+    """Where each token's entries lie; a pass of numpy over entries is what verifying costs."""
+
+    def __init__(self, kept_T: NDArray[np.uint16]) -> None:
+        ends = kept_T.cumsum(dtype=np.int64)
+        self.some = kept_T > 0
+        """[T] tokens that keep any."""
+        self.first = (ends - kept_T)[self.some]
+        """Of each of these, its first entry."""
+
+    def total(self, value_E: NDArray[np.floating]) -> NDArray[np.float64]:
+        """[T] sums over a token's entries, in float64."""
+        sums = np.zeros(len(self.some))
+        if len(self.first):
+            sums[self.some] = np.add.reduceat(value_E, self.first, dtype=np.float64)
+        return sums
+
+    def least(self, value_E: NDArray[Any], *, default: Any) -> NDArray[Any]:
+        """[T] the least of a token's entries."""
+        found = np.full(len(self.some), default, dtype=value_E.dtype)
+        if len(self.first):
+            found[self.some] = np.minimum.reduceat(value_E, self.first)
+        return found
+
+
+def _any_in(keys: NDArray[Any], ordered: NDArray[Any]) -> bool:
+    """Whether any key is among sorted ones."""
+    if not len(ordered):
+        return False
+    at = np.minimum(np.searchsorted(ordered, keys), len(ordered) - 1)
+    return bool((ordered[at] == keys).any())
 
 
 def _emitted_findings(
-    arrays: Arrays, owner: NDArray[np.int64], p: NDArray[np.float64], error: NDArray[np.float64]
+    arrays: Arrays, p: NDArray[np.float32], error: NDArray[np.float64]
 ) -> Iterator[tuple[str, str]]:
     """Where x_{t+1} is among the kept ids, exp(token_logp) must lie in its code's cell."""
     following = np.append(arrays["tokens"][1:], 0)  # an unsupervised last token owns no entry
-    hit = arrays["topk_ids"] == following[owner]
-    exact = np.exp(arrays["token_logp"].astype(np.float64))[owner[hit]]
+    hit = np.flatnonzero(arrays["topk_ids"] == np.repeat(following, arrays["kept"]))
+    owner = np.searchsorted(arrays["kept"].cumsum(dtype=np.int64), hit, side="right")
+    exact = np.exp(arrays["token_logp"].astype(np.float64))[owner]
     wrong = int((np.abs(exact - p[hit]) > error[hit] + P_TOLERANCE).sum())
     if wrong:
-        yield "token_logp", f"contradicts topk_p at {wrong} of {int(hit.sum())} tokens"
+        yield "token_logp", f"contradicts topk_p at {wrong} of {len(hit)} tokens"
 
 
-def _order_findings(arrays: Arrays, owner: NDArray[np.int64]) -> Iterator[tuple[str, str]]:
+def _order_findings(arrays: Arrays, laws: _Laws) -> Iterator[tuple[str, str]]:
     """A token keeps its most probable ids, likeliest first; its samples are no likelier."""
-    code = arrays["topk_p"].astype(np.int64)
-    rising = int(((code[1:] > code[:-1]) & (owner[1:] == owner[:-1])).sum())
-    if rising:
+    code = arrays["topk_p"]
+    rises = code[1:] > code[:-1]
+    rises[laws.first[1:] - 1] = False  # from one token to the next
+    if rising := int(rises.sum()):
         yield "topk_p", f"rises within a token {rising} times: ids must come likeliest first"
-    least = np.ones(len(arrays["kept"]))
-    np.minimum.at(least, owner, p_cell(arrays["topk_p"])[1])
+    least = p_cell(laws.least(code, default=LEVELS))[1]  # the cell of no entry ends at 1
     logp = arrays["tail_logp"].astype(np.float64)
     sampled = np.repeat(least, arrays["tail_kept"])
     likelier = int((np.exp(logp * (1 + HALF_STEP)) > sampled + P_TOLERANCE).sum())

@@ -382,7 +382,7 @@ class Workspace:
             print(
                 f"{self.name}: the outs of other parameters or inputs "
                 f"({old['fingerprint'][:16]}) were moved to {folder}; "
-                "lkcache clean lists and removes them.",
+                "lkcache clean lists them, and --all removes them.",
                 file=sys.stderr,
             )
         write_json(self._stamp, journal["stamp"])

@@ -13,7 +13,9 @@ codec pipeline writes, whatever the caller configured: its bytes are the same on
 import json
 import math
 import os
+import re
 import shutil
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,15 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from storage.errors import CacheError
-from storage.layout import VERSION, Array, Layout, chunk_length
+from storage.layout import (
+    BITSHUFFLED,
+    NARROW_LEVEL,
+    VERSION,
+    WIDE_LEVEL,
+    Array,
+    Layout,
+    chunk_length,
+)
 from storage.manifest import (
     ATTRIBUTE,
     FORMAT,
@@ -40,9 +50,9 @@ from storage.manifest import (
 from storage.record import Record, supervised
 from storage.workspace import digest, remove, sync, sync_folder
 
+HOST = re.sub(r"[^\w-]", "-", socket.gethostname())
+"""In the names of unfinished folders alone, which no cache keeps."""
 WRITE = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
-# zstd 9 gains 1 % over 3 and takes three times as long (reference/ecosystem.md §3.1)
-ZSTD_LEVEL = 3
 
 
 def plan_parts(lengths: Sequence[int], *, part_tokens: int) -> list[tuple[int, int]]:
@@ -85,8 +95,9 @@ def write_part(folder: Path, index: int, records: Sequence[Record], layout: Layo
     for record in records:
         record.check(layout)
     name = part_name(index)
-    # a retried task may race its zombie, hence the process id; `seal` sweeps what a kill leaves
-    partial = folder / f".{name}.{os.getpid()}.partial"
+    # a retried task may race its zombie, here or on another host of a shared disk, hence process
+    # and host; `seal` sweeps what a kill leaves
+    partial = folder / f".{name}.{HOST}.{os.getpid()}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -198,7 +209,12 @@ def _write_array(group: Any, array: Array, value: NDArray[Any], layout: Layout) 
         shards=(shard, *width),
         fill_value=_fill(value.dtype),
         compressors=[
-            BloscCodec(typesize=itemsize, cname="zstd", clevel=ZSTD_LEVEL, shuffle="bitshuffle"),
+            BloscCodec(
+                typesize=itemsize,
+                cname="zstd",
+                clevel=WIDE_LEVEL if width else NARROW_LEVEL,
+                shuffle="bitshuffle" if array.name in BITSHUFFLED else "shuffle",
+            ),
             Crc32cCodec(),
         ],
         dimension_names=array.dims,

@@ -87,7 +87,7 @@ def test_diff_says_equal_and_different(
     caches: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
-    a, b = caches
+    a, b = map(str, caches)
     assert diff(a, a) == 0
     assert "equal byte for byte, as their manifests say" in " ".join(
         capsys.readouterr().out.split()
@@ -107,9 +107,9 @@ def test_diff_says_equal_and_different(
 
 def test_diff_refuses_what_is_no_cache(caches: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(MissingManifest, match="expected a finished cache"):
-        diff(caches[0], tmp_path / "none.zarr")
+        diff(str(caches[0]), str(tmp_path / "none.zarr"))
     with pytest.raises(ConfigError, match="--sequences 0; expected at least 1"):
-        diff(*caches, sequences=0)
+        diff(*map(str, caches), sequences=0)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.findings import Findings, ReportConfig, find
 from pipeline.page import Column, Table, to_csv, to_html, to_markdown, with_intervals
+from pipeline.rate import rate_exhibit
 from pipeline.report import Records, Report, build
 from pipeline.results import Results, read_results
 from pipeline.statistics import Interval
@@ -269,6 +270,25 @@ def test_acceptance_is_shown_by_entropy_and_place(report: Report) -> None:
     assert int(seeds["anchors"]) == 300  # three seeds pooled
 
 
+def test_the_cache_section_argues_what_is_kept(report: Report) -> None:
+    page = report.files["index.html"]
+    section = page[page.index('id="cache"') : page.index('id="cost"')]
+    assert section.count('<svg class="chart"') == 2
+    assert "argued in docs/defaults.md" in section
+    split = {
+        "bytes_per_token": {"topk_ids": 34.25, "kept": 0.75, "tokens": 9},
+        "mean_tail_mass": 0.01,
+    }
+    words = rate_exhibit({"splits": {"train": split}}).words
+    assert words == (
+        "The law of a token takes 35.0 bytes in this run's train cache (topk_ids 34.2, kept 0.8) "
+        "and leaves 1.00% of the mass out."
+    )
+    dense = {"bytes_per_token": {"logits": 600.0, "topk_ids": 0.1}, "mean_tail_mass": 0.0}
+    assert "(logits 600.0) and keeps the whole law" in rate_exhibit({"splits": {"t": dense}}).words
+    assert rate_exhibit({}).words == ""
+
+
 def test_metrics_are_nested_by_draft_objective_and_temperature(report: Report) -> None:
     leaf = report.metrics["lm"]["lk_lambda"]["T1"]
     assert leaf["difference_percent_lo"] <= leaf["difference_percent"]
@@ -362,4 +382,8 @@ def test_configuration_has_bounds(change: dict[str, object]) -> None:
 
 
 def test_templates_lie_beside_the_module() -> None:
-    assert {p.name for p in Path("pipeline/templates").iterdir()} == {"report.css", "report.html"}
+    assert {p.name for p in Path("pipeline/templates").iterdir()} == {
+        "rate.json",
+        "report.css",
+        "report.html",
+    }

@@ -82,7 +82,7 @@ def test_eight_bits_are_within_the_stated_error(value: np.ndarray, shrink: float
     # what any client computes from the two arrays, exactly
     exact = code.astype(np.float64) * np.repeat(scale.astype(np.float64), 128, -1)[:, :300]
     np.testing.assert_array_equal(decoded, exact)
-    assert not (scale.view(np.uint32) & 0xFFFF).any()  # planes that bitshuffle drops
+    assert not (scale.view(np.uint32) & 0xFFFF).any()  # planes that cost nothing on disk
 
 
 def test_an_outlier_coarsens_its_own_group_only() -> None:

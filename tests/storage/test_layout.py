@@ -10,12 +10,15 @@ from hypothesis import strategies as st
 import storage.layout
 from storage.layout import (
     ARRAYS,
+    BITSHUFFLED,
     ENTRY_CHUNK,
     GROUP,
     MODES,
+    NARROW_LEVEL,
     TABLE,
     TOKEN_CHUNK,
     VERSION,
+    WIDE_LEVEL,
     Layout,
     chunk_length,
 )
@@ -37,6 +40,10 @@ def test_the_specification_states_the_version_and_the_chunks_of_the_code() -> No
     assert f"{TOKEN_CHUNK:,} tokens" in FORMAT
     assert f"{ENTRY_CHUNK:,} entries" in FORMAT
     assert f"G = ceil(D / {GROUP})" in FORMAT
+    assert (
+        f"level\n{WIDE_LEVEL} in arrays of more than one dim and {NARROW_LEVEL} elsewhere" in FORMAT
+    )
+    assert all(f"`{name}`" in FORMAT for name in BITSHUFFLED)
     assert all(f"`{mode}`" in FORMAT for mode in MODES)
 
 

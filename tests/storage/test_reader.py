@@ -170,7 +170,7 @@ def test_zarr_reads_the_same(
     fast, window = cache.records(range(len(LENGTHS))), cache.window(7, 20, 70)
     assert "zarrs" in str(storage.reader.READ)
     monkeypatch.setattr(storage.reader, "READ", {"codec_pipeline.path": pipeline})
-    monkeypatch.setattr(storage.reader, "open_shard", lambda folder: None)
+    monkeypatch.setattr(storage.reader, "open_shard", lambda _, **__: None)
     other = Cache.open(cache_path)
     assert_same(other.records(range(len(LENGTHS))), fast)
     assert_same([other.window(7, 20, 70)], [window])

@@ -2,16 +2,21 @@
 
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import pytest
 
+import storage.layout
+import storage.reader
+from lkcache.diff import diff
 from lkcache.inspect import inspect
+from lkcache.verify import verify
 from storage.errors import CacheError, CorruptPart, FingerprintMismatch, MissingManifest
 from storage.reader import Cache
 from storage.remote import is_url
@@ -131,6 +136,32 @@ def test_it_is_inspected_by_its_url(url: str, capsys: pytest.CaptureFixture[str]
     assert "10 sequences, 352 tokens" in shown
 
 
+def test_it_is_verified_and_compared_by_its_url(
+    url: str, store: Any, cache_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert verify(url) == 0
+    assert "whole and sound: 2 parts, 10 sequences, 352 tokens" in capsys.readouterr().out
+    assert diff(url, str(cache_path)) == 0
+    assert "equal byte for byte" in capsys.readouterr().out
+    store.pipe_file(f"{url}/stray", b"x")
+    damaged = {"part-00000/topk_p/c/0": b"", "part-00001/tokens/c/0": b""}
+    try:
+        assert verify(url) == 1
+        assert "stray: is not in the manifest" in capsys.readouterr().out
+        store.rm_file(f"{url}/stray")
+        for name in damaged:
+            damaged[name] = (cache_path / name).read_bytes()
+            store.pipe_file(f"{url}/{name}", damaged[name][:-1] + b"x")
+        assert verify(url) == 1
+        shown = capsys.readouterr().out
+        assert all(re.search(rf"{name} has sha256", shown) for name in damaged)
+    finally:
+        for name, sound in damaged.items():
+            store.pipe_file(f"{url}/{name}", sound)
+    with pytest.raises(MissingManifest, match=r"s3://caches/none.zarr holds no manifest.json"):
+        verify("s3://caches/none.zarr")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
@@ -209,6 +240,81 @@ def test_a_url_that_nothing_speaks_is_refused() -> None:
     assert is_url("gs://b/k")
     assert not is_url("/cache/train.zarr")
     assert not is_url(Path("s3:/b/k"))
+
+
+@pytest.fixture
+def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, list[Any]]]:
+    """A cache of small chunks, and (file, bytes) of each answer of a store that holds it too.
+
+    Its URL is counted://kept/train.zarr.
+    """
+    import fsspec
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    answers: list[Any] = []
+
+    class Counted(MemoryFileSystem):
+        protocol = "counted"
+        store: ClassVar[dict[str, Any]] = {}
+        pseudo_dirs: ClassVar[list[str]] = [""]
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return super()._strip_protocol(path.removeprefix("counted://"))
+
+        def cat_file(self, path: str, start: Any = None, end: Any = None, **_: Any) -> bytes:
+            content: bytes = super().cat_file(path, start=start, end=end)
+            answers.append((path.removeprefix("/kept/train.zarr/"), len(content)))
+            return content
+
+        def get_file(self, rpath: str, lpath: str, **_: Any) -> None:
+            answers.append((rpath.removeprefix("/kept/train.zarr/"), self.info(rpath)["size"]))
+            super().get_file(rpath, lpath)
+
+    monkeypatch.setattr(storage.layout, "WIDE_CHUNK_BYTES", 256)
+    monkeypatch.setattr(storage.reader, "RANGE_BYTES", 0)
+    path = write_cache(tmp_path / "c.zarr", TOPK, make_records(TOPK, LENGTHS), part_tokens=200)
+    with patch.dict("fsspec.registry._registry"):
+        fsspec.register_implementation("counted", Counted, clobber=True)
+        Counted().put(str(path), "/kept/train.zarr", recursive=True)
+        yield path, answers
+
+
+def test_a_window_of_a_store_fetches_its_chunks_alone(counted: tuple[Path, list[Any]]) -> None:
+    path, answers = counted
+    here, there = Cache.open(path), Cache.open("counted://kept/train.zarr")
+    name = "part-00000/hidden/c/0/0/0"
+    size = (path / name).stat().st_size
+    assert_same([there.window(2, 10, 12)], [here.window(2, 10, 12)])
+    assert 0 < sum(count for file, count in answers if file == name) < size / 2
+    # an epoch wants all of it: whole, and once
+    answers.clear()
+    assert_same(list(there.epoch(0)), list(here.epoch(0)))
+    assert [count for file, count in answers if file == name] == [size]
+    assert len({file for file, _ in answers}) == len(answers)
+
+
+def test_a_chunk_that_a_store_damaged_is_refused_without_its_file(
+    counted: tuple[Path, list[Any]],
+) -> None:
+    import fsspec
+
+    store, there = fsspec.filesystem("counted"), Cache.open("counted://kept/train.zarr")
+    name = "/kept/train.zarr/part-00000/hidden/c/0/0/0"
+    sound = store.cat_file(name)
+    store.pipe_file(name, sound[:1] + bytes([sound[1] ^ 1]) + sound[2:])
+    with pytest.raises(CorruptPart, match=r"part-00000/hidden cannot be decoded .*chunk 0 contra"):
+        there.window(0, 0, 2, arrays={"hidden"})
+    with (
+        patch.object(type(store), "cat_file", side_effect=TimeoutError("60 s")),
+        pytest.raises(
+            CacheError, match=r"last_hidden/c/0/0 cannot be read \(TimeoutErr.*check the"
+        ),
+    ):
+        there.window(0, 0, 2, arrays={"last_hidden"})
+    store.rm_file("/kept/train.zarr/part-00000/last_hidden/c/0/0")
+    with pytest.raises(CorruptPart, match="part-00000/last_hidden/c/0/0 is missing"):
+        there.window(0, 0, 2, arrays={"last_hidden"})
 
 
 def test_any_store_of_fsspec_will_do(cache_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What is left under `.scratch` is told apart, and only what no run needs is removed."""
 
+import json
 import os
 import subprocess
 import sys
@@ -94,3 +95,38 @@ def test_a_stage_that_finds_stale_work_names_the_command(
     leave(tmp_path, "a")
     leave(tmp_path, "b")
     assert "it is not used, and `lkcache clean` removes it" in capsys.readouterr().err
+
+
+def test_outs_set_aside_go_only_with_all_wherever_they_lie(tmp_path: Path) -> None:
+    for fingerprint, text in (("a", "first"), ("b", "second")):
+        with Workspace(
+            "capture", fingerprint * 64, outs=[OUT], root=tmp_path, keep_replaced=True
+        ) as workspace:
+            workspace.path(OUT).write_text(text)
+            workspace.publish()
+    stamp = tmp_path / f".scratch/capture.aside/{'a' * 16}/stamp.json"
+    far = tmp_path / "another-disk"  # where a rename cannot leave the filesystem of the out
+    far.write_text("first")
+    stated = json.loads(stamp.read_text())
+    stamp.write_text(json.dumps({**stated, "places": {**stated["places"], "b": str(far)}}))
+    (work,) = find_work(tmp_path)
+    assert (work.stage, work.state, work.elsewhere) == ("capture", "set aside", (far,))
+    assert work.num_bytes == 2 * len("first") + stamp.stat().st_size
+    assert remove_work(tmp_path, work)
+    assert not far.exists()
+    assert not stamp.parent.exists()
+    assert (tmp_path / OUT).read_text() == "second"
+    assert find_work(tmp_path) == []
+
+
+def test_outs_set_aside_of_a_stage_at_work_stay(tmp_path: Path) -> None:
+    for fingerprint in "ab":
+        with Workspace(
+            "capture", fingerprint * 64, outs=[OUT], root=tmp_path, keep_replaced=True
+        ) as workspace:
+            workspace.path(OUT).write_text(fingerprint)
+            workspace.publish()
+    with Workspace("capture", "b" * 64, outs=[OUT], root=tmp_path):
+        (work,) = (w for w in find_work(tmp_path) if w.path.parent.suffix == ".aside")
+        assert work.state == "in use"
+        assert not remove_work(tmp_path, work)

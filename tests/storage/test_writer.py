@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import shutil
 import signal
@@ -18,9 +19,13 @@ from hypothesis import strategies as st
 import storage.writer
 from storage.codecs import decode_int8, from_bf16_bits
 from storage.errors import CacheError
+from storage.layout import BITSHUFFLED
+from storage.reader import Cache
+from storage.verify import check_cache
 from storage.workspace import tree_digest
 from storage.writer import done_part, plan_parts, seal, write_part
 from tests.storage.samples import EIGHT, FULL, SOURCE, TOPK, make_records, write_cache
+from tests.storage.test_reader import assert_same
 
 LENGTHS = [30, 1, 80, 25, 60, 7, 44, 90, 3, 12]
 ROOT = Path(__file__).parents[2]
@@ -73,6 +78,28 @@ def test_stock_zarr_reads_a_cache_without_this_code(tmp_path: Path) -> None:
     assert [name for name, _ in parts[0].members()] != []  # and no foreign file to warn about
     stored = parts[0]["topk_p"].metadata.to_dict()["codecs"][0]["configuration"]
     assert [codec["name"] for codec in stored["codecs"]] == ["bytes", "blosc", "crc32c"]
+
+
+def test_each_array_is_shuffled_as_the_specification_says(tmp_path: Path) -> None:
+    path = write_cache(tmp_path / "c.zarr", EIGHT, make_records(EIGHT, [12]))
+    for array in EIGHT.arrays():
+        metadata = json.loads((path / "part-00000" / array.name / "zarr.json").read_bytes())
+        blosc = metadata["codecs"][0]["configuration"]["codecs"][1]["configuration"]
+        wanted = "bitshuffle" if array.name in BITSHUFFLED else "shuffle"
+        assert (blosc["cname"], blosc["shuffle"]) == ("zstd", wanted)
+        assert blosc["clevel"] == (1 if len(array.dims) > 1 else 3)
+
+
+def test_a_cache_that_was_bitshuffled_throughout_is_read_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = make_records(TOPK, LENGTHS)
+    plain = write_cache(tmp_path / "a", TOPK, records)
+    monkeypatch.setattr(storage.writer, "BITSHUFFLED", frozenset(a.name for a in TOPK.arrays()))
+    former = write_cache(tmp_path / "b", TOPK, records)
+    assert tree_digest(plain) != tree_digest(former)
+    assert_same(list(Cache.open(former).epoch(1)), list(Cache.open(plain).epoch(1)))
+    assert check_cache(former) == []
 
 
 def test_stock_zarr_reads_eight_bit_states_without_this_code(tmp_path: Path) -> None:
