@@ -21,6 +21,7 @@ from pipeline.generate import GenerateConfig
 from pipeline.matrix import Arm, Export, Start, check_matrix
 from pipeline.pin import TargetConfig
 from pipeline.prompts import JsonlSource, PrepareConfig
+from pipeline.target_law import cuts, require_tail
 from pipeline.train import FitConfig, WarmupConfig
 from pipeline.warm import check_start
 from storage.errors import ConfigError
@@ -56,7 +57,16 @@ def check_params(params: Mapping[str, Any]) -> None:
             check_start(weights)
     arms: dict[str, Arm] = parse("arms", params["arms"], dict[str, Arm])
     for arm in arms.values():
-        loss.require_law(arm.objective, found["losses"][arm.objective], sections["capture"].mode)
+        loss.require_law(
+            arm.objective,
+            found["losses"][arm.objective],
+            sections["capture"].mode,
+            cut=cuts(sections["train"].target_law),
+        )
+    for name in ("warmup", "train"):
+        capture = sections["capture"]
+        sampled = capture.mode != "topk" or capture.tail_samples > 0
+        require_tail(name, sections[name].target_law, sampled=sampled)
     for cell in exports.values():
         find_format(cell.kind, cell.format).require(found["drafts"][cell.draft])
     _check_target(sections)
