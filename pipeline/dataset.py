@@ -301,7 +301,11 @@ def collate(
     law_row = np.where(rows, rows.cumsum().reshape(places.shape) - 1, -1)
     law = _law(records, layout, own_rows, device=device, head=head)
     assert law is None or law.num_rows == rows.sum(), "records do not match their turns"
-    turns = [r.turn for r in records] if pack_tokens is None else places.turns([r.turn for r in records])
+    turns = (
+        [r.turn for r in records]
+        if pack_tokens is None
+        else places.turns([r.turn for r in records])
+    )
 
     def padded(fill: float, dtype: type[np.generic], values: Sequence[NDArray]) -> Tensor:
         out = np.full(places.shape, fill, dtype=dtype)
@@ -322,9 +326,7 @@ def collate(
     )
 
 
-def _features(
-    records: Sequence[Record], name: str, places: _Places, device: str
-) -> Tensor | None:
+def _features(records: Sequence[Record], name: str, places: _Places, device: str) -> Tensor | None:
     """A stored feature -> padded float32 [B, T, …]; it travels to the device as it is stored."""
     if getattr(records[0], f"{name}_int8") is not None:
         code, scale = (_gathered(records, f"{name}_{part}", places) for part in ("int8", "scale"))

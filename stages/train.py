@@ -32,9 +32,7 @@ def main() -> None:
     where = device(load("cluster", ClusterConfig))
     torch.set_num_threads(config.threads)
     inputs = open_inputs(arm.draft, arm.kind, cache=Path("cache"), target=Path("target"))
-    require_law(
-        arm.objective, objective, inputs.train.layout.mode, cut=cuts(config.target_law)
-    )
+    require_law(arm.objective, objective, inputs.train.layout.mode, cut=cuts(config.target_law))
     section, begin = inputs.section.model_dump(), Path("warmup", arm.start, "model")
     draft = load_draft(begin, inputs.interface, inputs.shape, expect=inputs.source, config=section)
     out, timing = Path("drafts", arm.start, arm.objective), Path("timings", f"train-{key}.json")
