@@ -2,10 +2,11 @@
 
     batches = served(batches, serving, vocab_size=V)      # the same batches, their laws served
 
-p of every term is the served law (MATHS (57)); q stays the draft's own law at T = 1, so a draft that
+p of every term is the served law (MATHS (57)); q stays the draft's own law at T = 1: a draft that
 is trained so is to be sampled as it is, not at the target's temperature again. What the law of a
 truncated row leaves open is `pipeline.serving`'s: exact where it can be, else an estimate from the
-tail samples; `share_bounded` says of how many rows. Dense laws are served exactly.
+tail samples, and counted: `heldout_bounded` in a run's metrics is the share of held-out rows that
+are. Dense laws are served exactly.
 
 Knows no draft and no loss.
 """

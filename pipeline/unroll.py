@@ -8,8 +8,8 @@ draft_training.md §3.1). No [S·T, S·T] mask is built: the diagonal is one ext
 MLP and head run at supervised anchors only.
 
 A kind gives four small functions (`Unrolled`); training and decoding are here, once for both. With
-`recompute` a step's activations are made again in backward: what is kept of it is its state, its key
-and its value (arXiv:1604.06174).
+`recompute` a step's activations are made again in backward, and kept are its state, its key and its
+value (arXiv:1604.06174).
 
 Dims as in `pipeline.draft`; A anchors of a row (padded), H heads, G key/value heads, C channels of
 a head, Q tokens fed at once.

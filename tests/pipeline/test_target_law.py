@@ -11,7 +11,6 @@ import torch
 from pipeline.check import check_params
 from pipeline.config import parse, read_params
 from pipeline.dataset import collate
-from pipeline.draft import Needs
 from pipeline.law import DenseLaw, SparseLaw
 from pipeline.loss import find, require_law
 from pipeline.serving import Serving
@@ -27,10 +26,9 @@ from pipeline.target_law import (
 from pipeline.terms import terms
 from pipeline.train import FitConfig, fit_from_cache
 from storage.errors import ConfigError
-from storage.layout import Layout
 from storage.reader import Cache
 from storage.writer import plan_parts, seal, write_part
-from tests.caches import FULL, LAYOUT, D, V, chain, record, write_cache
+from tests.caches import FULL, LAYOUT, V, chain, record, write_cache
 from tests.golden.curves import inputs_of, loss_of
 from tests.stages.training import FIT
 

@@ -18,6 +18,7 @@ from pipeline.draft import Draft, Needs, find
 from pipeline.interface import Shape
 from pipeline.loss import find as find_loss
 from pipeline.optimizer import AdamW
+from pipeline.terms import terms
 from pipeline.train import (
     FitConfig,
     Fitted,
@@ -27,7 +28,6 @@ from pipeline.train import (
     reading,
     write_curve,
 )
-from pipeline.terms import terms
 from storage.errors import ConfigError, CorruptPart, DraftError
 from tests.caches import LAYOUT, D, V, record
 from tests.golden.curves import inputs_of
