@@ -49,8 +49,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 deps: env  ## write every stage's import closure into dvc.yaml
 	python -m tests.house.closure
 
-gpu-bench: env  ## the terms and the fused head on this machine's GPU, to benchmarks/terms-gpu.md
+# needs torch, triton, transformers and pydantic alone: any environment of a GPU box has them
+gpu-bench:  ## terms, fused head and an EAGLE-3 step on this machine's GPU, to benchmarks/*-gpu.md
 	python benchmarks/terms.py --device cuda
+	python -m benchmarks.eagle --device cuda
 
 gpu-check: env  ## every stage on this machine's GPU with an 8 B-shaped random target, to benchmarks/gpu-check.md
 	python -m benchmarks.gpu_check

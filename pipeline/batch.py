@@ -1,6 +1,7 @@
 """A padded batch of cached sequences, and which (anchor, depth) pairs it supervises.
 
-Dims: B sequences, T tokens (padded), R law rows, L captured layers, D target width, S depths.
+Dims: B rows of a sequence each, or of several where they are packed (`first`); T tokens (padded),
+R law rows, L captured layers, D target width, S depths.
 
 One index everywhere (DESIGN §6): anchor j has x_{j+1} known; depth k = 0 … S−1 predicts x_{j+2+k},
 whose law is the row at position j+1+k. A pair (j, k) is supervised when x_{j+1} and x_{j+2+k} lie
@@ -34,13 +35,14 @@ class Batch:
     """Sequences as drafts consume them; absent features are None."""
 
     ids: tuple[str, ...]
+    """Of the sequences, row after row."""
     domains: tuple[str, ...]
     tokens: Tensor
     """[B, T] int64, 0 beyond `length`."""
     length: Tensor
     """[B] int64."""
     turn: Tensor
-    """[B, T] int64, −1 outside assistant turns and beyond `length`."""
+    """[B, T] int64, −1 outside assistant turns and beyond `length`; no two turns of a row alike."""
     token_logp: Tensor
     """[B, T] float32: log p_t(x_{t+1}), 0 where row t is not supervised."""
     law_row: Tensor
@@ -50,6 +52,17 @@ class Batch:
     """[B, T, L, D] float32: captured layers, in the order of the cache's layer ids."""
     last_hidden: Tensor | None
     """[B, T, D] float32: after the target's final norm."""
+    first: Tensor | None = None
+    """[B, T] int64: the index in its row at which a token's sequence begins; None: always 0.
+
+    Padding begins at itself: it is nobody's.
+    """
+
+    @property
+    def position(self) -> Tensor:
+        """[T] or [B, T] int64: the place of each token in its own sequence."""
+        index = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return index if self.first is None else index - self.first
 
     def pairs(self, depth: int) -> Pairs:
         """The supervised pairs (j, depth), by sequence and then by j."""
@@ -61,6 +74,8 @@ class Batch:
             return Pairs(none, none, none, torch.zeros(0, device=self.tokens.device))
         first, final = self.turn[:, 1 : 1 + last], self.turn[:, shift + 1 :]
         mask = (first >= 0) & (first == final)
+        if self.first is not None:  # the anchor itself may end the sequence before
+            mask &= self.first[:, :last] == self.first[:, 1 : 1 + last]
         b, j = mask.nonzero(as_tuple=True)
         position = j + shift
         return Pairs(

@@ -194,10 +194,13 @@ def span(start_B: Tensor, end_B: Tensor, *, spare: int) -> Tensor:
     return torch.where(position < end_B[:, None], position, spare)
 
 
-def visible(position_BQ: Tensor, width: int) -> Tensor:
-    """[B, 1, Q, width] bool: key w is visible to a query at position ≥ w."""
+def visible(position_BQ: Tensor, width: int, first_BQ: Tensor | None = None) -> Tensor:
+    """[B, 1, Q, width] bool: key w is visible to a query at position ≥ w, from `first` ≤ w on."""
     key = torch.arange(width, device=position_BQ.device)
-    return (key <= position_BQ[..., None])[:, None]
+    seen = key <= position_BQ[..., None]
+    if first_BQ is not None:
+        seen &= key >= first_BQ[..., None]
+    return seen[:, None]
 
 
 class Attention(nn.Module):
@@ -275,10 +278,10 @@ class Layer(nn.Module):
         out: Tensor = x + self.mlp(self.post_norm(x))
         return out
 
-    def forward(self, x_BTD: Tensor, table: RopeTable) -> Tensor:
-        """Causal over whole, right-padded rows: [B, T, D] -> [B, T, D]."""
+    def forward(self, x_BTD: Tensor, table: RopeTable, mask: Tensor | None = None) -> Tensor:
+        """Causal over whole, right-padded rows, or as `mask` says: [B, T, D] -> [B, T, D]."""
         q, k, v = self.attention.project(self.input_norm(x_BTD), table)
-        return self._after(x_BTD, attend(q, k, v, None))
+        return self._after(x_BTD, attend(q, k, v, mask))
 
     def extend(
         self, x_BQD: Tensor, table: RopeTable, *, cache: KVCache, position_BQ: Tensor, width: int

@@ -22,6 +22,7 @@ from pipeline.pin import TargetConfig
 from pipeline.prompts import SETS, PrepareConfig
 from pipeline.setting import Setting
 from pipeline.sources import StdlibSource, check_source, require_file
+from pipeline.target_law import cuts, require_tail
 from pipeline.train import FitConfig, WarmupConfig
 from pipeline.warm import check_start
 from storage.errors import ConfigError
@@ -57,7 +58,16 @@ def check_params(params: Mapping[str, Any]) -> None:
             check_start(weights)
     arms: dict[str, Arm] = parse("arms", params["arms"], dict[str, Arm])
     for arm in arms.values():
-        loss.require_law(arm.objective, found["losses"][arm.objective], sections["capture"].mode)
+        loss.require_law(
+            arm.objective,
+            found["losses"][arm.objective],
+            sections["capture"].mode,
+            cut=cuts(sections["train"].target_law),
+        )
+    for name in ("warmup", "train"):
+        capture = sections["capture"]
+        sampled = capture.mode != "topk" or capture.tail_samples > 0
+        require_tail(name, sections[name].target_law, sampled=sampled)
     for cell in exports.values():
         find_format(cell.kind, cell.format).require(found["drafts"][cell.draft])
     _check_target(sections)

@@ -4,13 +4,15 @@ Decodes the stored numbers (DESIGN §5) into what MATHS (5)-(6) sums over: a kep
 tail sample r / (M p), a row without samples a bucket of mass r. The order of batches depends on the
 seed and the cache alone, so that every loss of a draft and seed sees the same ones.
 
-Dims: B sequences, T tokens (padded), R law rows, E entries, L captured layers, D target width.
-Knows no draft: what one needs arrives as `Needs`.
+Dims: B rows of a sequence each, or packed with several; T tokens (padded), R law rows, E entries,
+L captured layers, D target width. Knows no draft: what one needs arrives as `Needs`.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,13 +30,15 @@ from storage.codecs import BFLOAT_STEP, LEVELS, decode_p
 from storage.errors import DraftError
 from storage.layout import Layout
 from storage.manifest import check_source
-from storage.order import epoch_order
+from storage.order import epoch_order, pack
 from storage.reader import Cache
 from storage.record import Record, supervised
 
 TOKEN_ARRAYS = ("tokens", "turn", "token_logp")
 SPARSE_ARRAYS = ("kept", "topk_ids", "topk_p", "tail_logp_mass")
 SAMPLE_ARRAYS = ("tail_kept", "tail_ids", "tail_logp")
+RUN_SEQUENCES = 64
+"""Sequences taken from the reader at a time: what is held of wide arrays beside a batch."""
 REBUILD_ELEMENTS = 1 << 24
 """Logits made at once from hidden states: what is held beside the law itself, 64 MB a copy."""
 
@@ -97,6 +101,7 @@ def training_batches(
     stage: str = "train",
     device: str = "cpu",
     micro_batch_sequences: int | None = None,
+    pack_tokens: int | None = None,
     first_step: int = 0,
     rank: tuple[int, int] = (0, 1),
     head: Head | None = None,
@@ -104,10 +109,10 @@ def training_batches(
     """The passes of steps `first_step` … `steps` − 1, epoch after epoch, each in its own order.
 
     A step reads the next `batch_sequences` sequences in passes of `micro_batch_sequences` (None:
-    all at once; it divides them), of which rank r of R takes the r-th share. What is left of an
-    epoch opens the first batch of the next one: nothing is dropped. The order comes from `seed` and
-    `stage`, so that training does not repeat the warm-up's; `DraftError` where the cache lacks what
-    the draft needs or holds nothing.
+    all at once; it divides them), of which rank r of R takes the r-th share, packed as `collate`
+    does. What is left of an epoch opens the first batch of the next one: nothing is dropped. The
+    order comes from `seed` and `stage`, so that training does not repeat the warm-up's;
+    `DraftError` where the cache lacks what the draft needs or holds nothing.
     """
     require(cache.layout, needs)
     if not cache.num_sequences:
@@ -128,7 +133,13 @@ def training_batches(
         wanted=lambda place: place % micro in own,
     )
     for _ in range((steps - first_step) * (batch_sequences // micro)):
-        yield collate(list(islice(records, len(own))), cache.layout, device=device, head=head)
+        yield collate(
+            list(islice(records, len(own))),
+            cache.layout,
+            device=device,
+            head=head,
+            pack_tokens=pack_tokens,
+        )
 
 
 def _endless(
@@ -149,7 +160,9 @@ def _endless(
         place = count(number * num)
         for run in epoch_runs(cache, epoch_seed):
             own = [i for i, p in zip(run.tolist(), place, strict=False) if p >= first and wanted(p)]
-            yield from cache.records(own, arrays=names)
+            for at in range(0, len(own), RUN_SEQUENCES):
+                some = own[at : at + RUN_SEQUENCES]
+                yield from cache.records(some, arrays=names, more=len(some) < len(own))
 
 
 def epoch_runs(cache: Cache, seed: int) -> Iterator[NDArray[np.int64]]:
@@ -192,82 +205,157 @@ def heldout_batches(
 
 def supervised_counts(cache: Cache) -> Tensor:
     """[V] int64: how often each token is one that a draft is to predict."""
-    counts = np.zeros(cache.layout.vocab_size, dtype=np.int64)
-    for record in cache.records(range(cache.num_sequences), arrays={"tokens", "turn"}):
-        following = record.tokens[1:][supervised(record.turn)[:-1]]
-        counts += np.bincount(following, minlength=len(counts))
+    vocab_size = cache.layout.vocab_size
+    counts, first = np.zeros(vocab_size, dtype=np.int64), 0
+    for size in cache.part_counts:  # a part's tokens are held at a time
+        some = cache.records(range(first, first + size), arrays={"tokens", "turn"}, more=True)
+        following = [r.tokens[1:][supervised(r.turn)[:-1]] for r in some]
+        counts += np.bincount(np.concatenate(following), minlength=vocab_size)
+        first += size
     return torch.from_numpy(counts)
 
 
-def collate(
-    records: Sequence[Record], layout: Layout, *, device: str = "cpu", head: Head | None = None
-) -> Batch:
-    """Pad records to one batch; features that the records do not hold are None.
+@dataclass(frozen=True)
+class _Places:
+    """Where the sequences of a batch lie in it."""
 
-    Laws of mode `rebuild` are made with `head`, which lies on `device`; without it there are none.
+    shape: tuple[int, int]
+    """B, T."""
+    lengths: list[int]
+    """Of the sequences."""
+    slots: list[tuple[int, int]]
+    """Row and first index of each."""
+
+    def fill(self, out: NDArray[Any], values: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        """Put every sequence's values into its place of `out` [B, T, …]."""
+        for (b, first), value in zip(self.slots, values, strict=True):
+            out[b, first : first + len(value)] = value
+        return out
+
+    def row_lengths(self) -> NDArray[np.int64]:
+        """[B] tokens of each row."""
+        total = np.zeros(self.shape[0], dtype=np.int64)
+        np.add.at(total, [b for b, _ in self.slots], self.lengths)
+        return total
+
+    def firsts(self) -> NDArray[np.int64]:
+        """[B, T]: `Batch.first`."""
+        out = np.broadcast_to(np.arange(self.shape[1]), self.shape).copy()
+        return self.fill(
+            out, [np.full(n, at) for (_, at), n in zip(self.slots, self.lengths, strict=True)]
+        )
+
+    def turns(self, turns: Sequence[NDArray[np.int32]]) -> list[NDArray[np.int32]]:
+        """The turns of each sequence, numbered on from those before it in its row."""
+        own, following, row = [], 0, -1
+        for (b, _), turn in zip(self.slots, turns, strict=True):
+            following, row = (0 if b != row else following), b
+            own.append(np.where(turn >= 0, turn + np.int32(following), turn))
+            following += int(turn.max(initial=-1)) + 1
+        return own
+
+
+def _packed(
+    records: Sequence[Record], pack_tokens: int | None
+) -> tuple[list[Record], list[tuple[int, int]]]:
+    """Records row after row, and the row and first index of each.
+
+    Long ones first: first-fit then leaves the least room empty (Johnson 1973).
     """
-    longest = max(len(r.tokens) for r in records)
-    shape = (len(records), longest)
-    rows = np.zeros(shape, dtype=np.bool_)
-    for b, record in enumerate(records):
-        rows[b, : len(record.turn)] = supervised(record.turn)
-    law_row = np.where(rows, rows.cumsum().reshape(shape) - 1, -1)
-    law = _law(records, layout, device, head)
+    sizes = [len(r.tokens) for r in records]
+    if pack_tokens is None:
+        return list(records), [(b, 0) for b in range(len(records))]
+    longest_first = sorted(range(len(records)), key=lambda i: -sizes[i])
+    items = ((i, sizes[i]) for i in longest_first)
+    rows = pack(items, max(pack_tokens, *sizes), open_packs=len(records))
+    order, slots = list[int](), list[tuple[int, int]]()
+    for b, row in enumerate(rows):
+        at = 0
+        for i in row:
+            order.append(i)
+            slots.append((b, at))
+            at += sizes[i]
+    return [records[i] for i in order], slots
+
+
+def collate(
+    records: Sequence[Record],
+    layout: Layout,
+    *,
+    device: str = "cpu",
+    head: Head | None = None,
+    pack_tokens: int | None = None,
+) -> Batch:
+    """Records to one padded batch; features that the records do not hold are None.
+
+    pack_tokens: what a row holds of several sequences, or of one that is longer; None: a row is a
+    sequence. Laws of mode `rebuild` are made with `head`, which lies on `device`; without it there
+    are none.
+    """
+    records, slots = _packed(records, pack_tokens)
+    lengths = [len(r.tokens) for r in records]
+    longest = max(first + n for (_, first), n in zip(slots, lengths, strict=True))
+    places = _Places((1 + max(b for b, _ in slots), longest), lengths, slots)
+    own_rows = [supervised(r.turn) for r in records]
+    rows = places.fill(np.zeros(places.shape, dtype=np.bool_), own_rows)
+    law_row = np.where(rows, rows.cumsum().reshape(places.shape) - 1, -1)
+    law = _law(records, layout, own_rows, device=device, head=head)
     assert law is None or law.num_rows == rows.sum(), "records do not match their turns"
+    turns = (
+        [r.turn for r in records]
+        if pack_tokens is None
+        else places.turns([r.turn for r in records])
+    )
+
+    def padded(fill: float, dtype: type[np.generic], values: Sequence[NDArray]) -> Tensor:
+        out = np.full(places.shape, fill, dtype=dtype)
+        return torch.from_numpy(places.fill(out, values)).to(device)
+
     return Batch(
         ids=tuple(r.id for r in records),
         domains=tuple(r.domain for r in records),
-        tokens=_padded([r.tokens for r in records], shape, fill=0, dtype=np.int64).to(device),
-        length=torch.tensor([len(r.tokens) for r in records], device=device),
-        turn=_padded([r.turn for r in records], shape, fill=-1, dtype=np.int64).to(device),
-        token_logp=_padded([r.token_logp for r in records], shape, fill=0, dtype=np.float32).to(
-            device
-        ),
+        tokens=padded(0, np.int64, [r.tokens for r in records]),
+        length=torch.from_numpy(places.row_lengths()).to(device),
+        turn=padded(-1, np.int64, turns),
+        token_logp=padded(0, np.float32, [r.token_logp for r in records]),
         law_row=torch.from_numpy(law_row).to(device),
         law=law,
-        hidden=_features(records, "hidden", shape, device),
-        last_hidden=_features(records, "last_hidden", shape, device),
+        hidden=_features(records, "hidden", places, device),
+        last_hidden=_features(records, "last_hidden", places, device),
+        first=None if pack_tokens is None else torch.from_numpy(places.firsts()).to(device),
     )
 
 
-def _padded(
-    values: Sequence[NDArray], shape: tuple[int, int], *, fill: float, dtype: type[np.generic]
-) -> Tensor:
-    out = np.full(shape, fill, dtype=dtype)
-    for b, value in enumerate(values):
-        out[b, : len(value)] = value
-    return torch.from_numpy(out)
-
-
-def _features(
-    records: Sequence[Record], name: str, shape: tuple[int, int], device: str
-) -> Tensor | None:
+def _features(records: Sequence[Record], name: str, places: _Places, device: str) -> Tensor | None:
     """A stored feature -> padded float32 [B, T, …]; it travels to the device as it is stored."""
     if getattr(records[0], f"{name}_int8") is not None:
-        code, scale = (_gathered(records, f"{name}_{part}", shape) for part in ("int8", "scale"))
+        code, scale = (_gathered(records, f"{name}_{part}", places) for part in ("int8", "scale"))
         return decode_int8(code.to(device), scale.to(device))
     if getattr(records[0], name) is None:
         return None
-    return _gathered(records, name, shape).view(torch.bfloat16).to(device).float()
+    return _gathered(records, name, places).view(torch.bfloat16).to(device).float()
 
 
-def _gathered(records: Sequence[Record], name: str, shape: tuple[int, int]) -> Tensor:
+def _gathered(records: Sequence[Record], name: str, places: _Places) -> Tensor:
     """One array of all records, padded with zeros."""
-    first = getattr(records[0], name)
-    out = np.zeros((*shape, *first.shape[1:]), dtype=first.dtype)
-    for b, record in enumerate(records):
-        value = getattr(record, name)
-        assert value is not None, "records of one batch store the same arrays"
-        out[b, : len(value)] = value
-    return torch.from_numpy(out)
+    values = [getattr(r, name) for r in records]
+    assert all(value is not None for value in values), "records of a batch store the same arrays"
+    out = np.zeros((*places.shape, *values[0].shape[1:]), dtype=values[0].dtype)
+    return torch.from_numpy(places.fill(out, values))
 
 
-def _law(records: Sequence[Record], layout: Layout, device: str, head: Head | None) -> Law | None:
+Rows = Sequence[NDArray[np.bool_]]
+"""Of each record, the tokens that have a law (`storage.record.supervised`)."""
+
+
+def _law(
+    records: Sequence[Record], layout: Layout, rows: Rows, *, device: str, head: Head | None
+) -> Law | None:
     """The laws of all supervised rows, in the order of sequences and tokens."""
     if layout.mode == "rebuild":
         if head is None or any(r.last_hidden is None for r in records):
             return None  # not asked for
-        return _rebuilt_law(records, device, head)
+        return _rebuilt_law(records, rows, device, head)
     if layout.mode == "full":
         if any(r.logits is None for r in records):
             return None  # not asked for
@@ -279,26 +367,27 @@ def _law(records: Sequence[Record], layout: Layout, device: str, head: Head | No
         )
     if any(len(r.kept) != len(r.turn) or len(r.tail_kept) != len(r.turn) for r in records):
         return None  # not asked for
-    return _sparse_law(records, device)
+    return _sparse_law(records, rows, device)
 
 
-def _rebuilt_law(records: Sequence[Record], device: str, head: Head) -> DenseLaw:
+def _rebuilt_law(records: Sequence[Record], rows: Rows, device: str, head: Head) -> DenseLaw:
     """Full laws from the states after the final norm, by the target's own arithmetic."""
-    states = [r.last_hidden[supervised(r.turn)] for r in records if r.last_hidden is not None]
+    both = zip(records, rows, strict=True)
+    states = [r.last_hidden[own] for r, own in both if r.last_hidden is not None]
     last_hidden_RD = torch.from_numpy(np.concatenate(states)).view(torch.bfloat16).to(device)
     logp_RV = torch.empty(len(last_hidden_RD), len(head.weight), device=device)
-    rows = max(1, REBUILD_ELEMENTS // len(head.weight))
+    step = max(1, REBUILD_ELEMENTS // len(head.weight))
     with torch.no_grad():
         for logp_CV, last_hidden_CD in zip(
-            logp_RV.split(rows), last_hidden_RD.split(rows), strict=True
+            logp_RV.split(step), last_hidden_RD.split(step), strict=True
         ):
             logp_CV.copy_(head.logits(last_hidden_CD).float().log_softmax(-1))
     return DenseLaw(logp_RV)
 
 
-def _sparse_law(records: Sequence[Record], device: str) -> SparseLaw:
+def _sparse_law(records: Sequence[Record], own_rows: Rows, device: str) -> SparseLaw:
     """Entries row by row: the kept ids of a row, then its tail samples (MATHS (5))."""
-    rows = np.concatenate([supervised(r.turn) for r in records])
+    rows = np.concatenate(own_rows)
     kept, drawn = (
         np.concatenate([getattr(r, name) for r in records])[rows].astype(np.int64)
         for name in ("kept", "tail_kept")
@@ -306,17 +395,18 @@ def _sparse_law(records: Sequence[Record], device: str) -> SparseLaw:
     tail = np.exp(np.concatenate([r.tail_logp_mass for r in records])[rows])
     start = np.zeros(len(kept) + 1, dtype=np.int64)
     np.cumsum(kept + drawn, out=start[1:])
-    # the n-th kept entry of all lies after the samples of all earlier rows; a sample likewise
-    at_kept = np.arange(kept.sum()) + np.repeat(drawn.cumsum() - drawn, kept)
-    at_drawn = np.arange(drawn.sum()) + np.repeat(kept.cumsum(), drawn)
+    # entries that are kept ids, and those that are samples: runs of a row's counts, in turn
+    runs = np.stack([kept, drawn], axis=1).ravel()
+    of_kept = np.repeat(np.arange(len(runs)) % 2 == 0, runs)
+    of_drawn = ~of_kept
     p_drawn = np.exp(np.concatenate([r.tail_logp for r in records]).astype(np.float32))
     ids = np.empty(start[-1], dtype=np.int64)
     p, weight = np.empty(len(ids), dtype=np.float32), np.ones(len(ids), dtype=np.float32)
-    ids[at_kept] = np.concatenate([r.topk_ids for r in records])
-    ids[at_drawn] = np.concatenate([r.tail_ids for r in records])
-    p[at_kept] = decode_p(np.concatenate([r.topk_p for r in records]))
-    p[at_drawn] = p_drawn
-    weight[at_drawn] = np.repeat(tail / np.maximum(drawn, 1), drawn) / p_drawn
+    ids[of_kept] = np.concatenate([r.topk_ids for r in records])
+    ids[of_drawn] = np.concatenate([r.tail_ids for r in records])
+    p[of_kept] = decode_p(np.concatenate([r.topk_p for r in records]))
+    p[of_drawn] = p_drawn
+    weight[of_drawn] = np.repeat(tail / np.maximum(drawn, 1), drawn) / p_drawn
     bucket = np.where(drawn == 0, tail, np.float32(0))
     return SparseLaw(
         entry_start=torch.from_numpy(start).to(device),

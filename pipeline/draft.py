@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol
 
+import torch.nn.functional as F  # noqa: N812  the name that torch's users know
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -94,6 +95,10 @@ class Draft(nn.Module, ABC):
     shifts: ClassVar[bool] = False
     """True where depth k at anchor j is depth 0 at anchor j + k (a standalone LM)."""
 
+    recompute: bool = False
+    """Whether a draft that unrolls makes a step's activations again in backward
+    (`train.checkpoint_depths`); the others have none worth it."""
+
     config: Any
     """Its section of `params.yaml`, parsed."""
     d2t: Tensor | None
@@ -137,11 +142,17 @@ class Draft(nn.Module, ABC):
         """
 
     @abstractmethod
-    def training_logits(self, batch: Batch, depth: int) -> Iterator[Tensor]:
-        """Yield for k = 0 … depth−1 the logits [N_k, Vd] at `batch.pairs(k).anchor`, in that order.
+    def training_states(self, batch: Batch, depth: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield for k = 0 … depth−1 hidden states [N_k, E] and the head [Vd, E] that reads them.
 
-        Teacher forced. A draft whose `shifts` is True yields depth 0 only.
+        Of `batch.pairs(k).anchor`, in that order, teacher forced; logits are their product. A draft
+        whose `shifts` is True yields depth 0 only.
         """
+
+    def training_logits(self, batch: Batch, depth: int) -> Iterator[Tensor]:
+        """The logits [N_k, Vd] of `training_states`, each made whole."""
+        for hidden_NE, weight_VE in self.training_states(batch, depth):
+            yield F.linear(hidden_NE, weight_VE)
 
     @abstractmethod
     def open(self, num_rows: int, width: int) -> State:

@@ -94,9 +94,20 @@ def extra_terms(config: Any) -> tuple[str, ...]:
     return getattr(config, "extra_terms", ())
 
 
-def require_law(objective: str, config: Any, mode: str) -> None:
-    """`ConfigError` where a loss of whole laws meets a cache that truncates them."""
-    if getattr(config, "whole_law", False) and mode == "topk":
+def require_law(objective: str, config: Any, mode: str, *, cut: bool = False) -> None:
+    """`ConfigError` where a loss of whole laws meets one that lacks ids.
+
+    The cache truncates it, or (cut) top-k, top-p or temperature 0 of `train.target_law` does.
+    """
+    if not getattr(config, "whole_law", False):
+        return
+    if cut:
+        raise ConfigError(
+            found=f"objective {objective} (loss {config.kind}) with a train.target_law that cuts",
+            expected="a law with no id of probability 0, where KL(q‖p) would be infinite",
+            todo="give target_law a temperature alone, or train kl, jsd or another loss",
+        )
+    if mode == "topk":
         raise ConfigError(
             found=f"objective {objective} (loss {config.kind}) on a cache of mode topk",
             expected="whole laws: an estimate of its tail from samples has no finite variance",

@@ -31,6 +31,9 @@ from pipeline.law import DenseLaw, Law, SparseLaw
 CHUNK = 1 << 17
 """Elements per pass: 512 KiB of float32 stay in a core's own cache, 1.5 x faster than 8 MiB."""
 
+GPU_CHUNK = 1 << 25
+"""The same on a GPU, which wants few launches."""
+
 REST = 1e-3
 """Below it 1 − Σ_kept q, off by up to 1e-6, is replaced by a sum over the ids that are not kept."""
 
@@ -140,10 +143,14 @@ def _wide(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
+def _chunk(logits: Tensor) -> int:
+    return GPU_CHUNK if logits.is_cuda else CHUNK
+
+
 def _blocks(logits_NV: Tensor) -> Iterator[slice]:
     """Row ranges of about `CHUNK` elements."""
     num_rows, width = logits_NV.shape
-    step = max(1, CHUNK // max(1, width))
+    step = max(1, _chunk(logits_NV) // max(1, width))
     return (slice(a, min(a + step, num_rows)) for a in range(0, num_rows, step))
 
 
@@ -156,7 +163,7 @@ def _log_rest(logits_NV: Tensor, lse_N: Tensor, e: Entries, q_E: Tensor) -> Tens
     small = (rest < REST).nonzero().squeeze(1)
     log_rest = rest.clamp(min=REST).log()
     width = logits_NV.shape[1]
-    for rows in small.split(max(1, CHUNK // width)):
+    for rows in small.split(max(1, _chunk(logits_NV) // width)):
         local = torch.full_like(e.bucket, -1, dtype=torch.int64)
         local[rows] = torch.arange(len(rows), device=rows.device)
         place = e.index + e.spread(local - torch.arange(len(local), device=rows.device)) * width

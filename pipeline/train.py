@@ -15,7 +15,7 @@ Dims: S depths, N supervised anchors (padded over depths), V vocabulary.
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
@@ -34,15 +34,17 @@ from pipeline.dataset import (
     supervised_counts,
     training_batches,
 )
+from pipeline.depths import depth_terms
 from pipeline.draft import Draft, DraftConfig, Needs, find
 from pipeline.interface import Head, Interface, Shape
-from pipeline.loss import DepthWeights, align, reduce
+from pipeline.loss import DepthWeights, reduce
 from pipeline.optimizer import AdamW, learning_rate
 from pipeline.provenance import Progress as ProgressLine
 from pipeline.ranks import Ranks, Sharding
 from pipeline.resume import Keeper, Saved
+from pipeline.serve import Serving
 from pipeline.target import read_interface, read_spec
-from pipeline.terms import terms
+from pipeline.target_law import is_sampled, require_tail, serve_all, served
 from pipeline.vocab import draft_vocabulary
 from storage.errors import DraftError
 from storage.manifest import MANIFEST
@@ -82,6 +84,13 @@ class FitConfig(Strict):
     """Of a step, whatever the number of passes and ranks."""
     micro_batch_sequences: Positive | None
     """Of a pass; bounds memory. The losses of a step's passes are averaged. null: one pass."""
+    pack_tokens: Positive | None
+    """A row of a pass holds sequences of this many tokens together; null: a row a sequence. The
+    same steps either way, up to the order of additions."""
+    checkpoint_depths: bool
+    """Whether drafts that unroll make a step's activations again in backward: memory for time."""
+    target_law: Serving | None
+    """The law that will be served, which p of every term is; null: the cache's, T = 1."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
     weight_decay: Annotated[float, Field(ge=0)]
     clip: Annotated[float, Field(gt=0)]
@@ -324,6 +333,7 @@ def fit(
     update = _Update(
         model, optimizer, loss=loss, depth=depth, config=config, extra=extra, ranks=ranks
     )
+    draft.recompute = config.checkpoint_depths
     looks = {math.ceil(steps * i / HELDOUT_POINTS) for i in range(1, HELDOUT_POINTS + 1)}
     stream, passes, last = iter(batches), config.batch_sequences // config.pass_sequences, Means()
     draft.train()
@@ -376,34 +386,6 @@ class _Pass(nn.Module):
     def forward(self, batch: Batch, depth: int, extra: Sequence[str] = ()) -> tuple[Tensor, ...]:
         """`depth_terms` of this rank's sequences."""
         return depth_terms(self.draft, batch, depth, extra, dtype=self.dtype)
-
-
-def depth_terms(
-    draft: Draft,
-    batch: Batch,
-    depth: int,
-    extra: Sequence[str] = (),
-    *,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, ...]:
-    """(kl_SN, alpha_SN, mask_SN, *extra_SN) of all depths, a column an anchor of depth 0.
-
-    Anchors that a depth lacks are masked. Backward overwrites the logits, which nobody else holds.
-    dtype: bfloat16 runs the draft's products under autocast; terms are float32 or wider always.
-    """
-    assert batch.law is not None, "training reads the law"
-    rows: list[tuple[Tensor, ...]] = []
-    anchors = []
-    half, place = dtype != torch.float32, batch.tokens.device.type
-    with torch.autocast(place, dtype) if half else nullcontext():
-        for k, logits_NV in enumerate(draft.training_logits(batch, depth)):
-            pairs = batch.pairs(k)
-            with torch.autocast(place, enabled=False) if half else nullcontext():
-                law = batch.law.take(pairs.row)
-                rows.append(terms(logits_NV, law, d2t=draft.d2t, extra=extra, in_place=True))
-            anchors.append(pairs.anchor)
-    (kl_SN, mask_SN), (alpha_SN, _), *more = (align(x, anchors) for x in zip(*rows, strict=True))
-    return kl_SN, alpha_SN, mask_SN, *(x_SN for x_SN, _ in more)
 
 
 @torch.no_grad()
@@ -568,6 +550,9 @@ def fit_from_cache(
     """
     steps = round(config.steps * inputs.section.steps_scale)
     needs, device, rank = inputs.needs, ranks.device, (ranks.index, ranks.size)
+    if config.target_law is not None:
+        for cache in (inputs.train, inputs.heldout):
+            require_tail(stage, config.target_law, sampled=is_sampled(cache))
     keeper = Keeper(resume, ranks)
     saved = keeper.read()
     batches = training_batches(
@@ -576,6 +561,7 @@ def fit_from_cache(
         stage=stage,
         batch_sequences=config.batch_sequences,
         micro_batch_sequences=config.micro_batch_sequences,
+        pack_tokens=config.pack_tokens,
         steps=steps,
         first_step=Progress.of(saved).step,
         needs=needs,
@@ -583,19 +569,26 @@ def fit_from_cache(
         rank=rank,
         head=inputs.head,
     )
+    law, vocab_size = config.target_law, inputs.shape.vocab_size
+    batches = served(batches, law, vocab_size=vocab_size)
+    heldout, counts = serve_all(
+        heldout_batches(
+            inputs.heldout,
+            batch_sequences=config.batch_sequences,
+            sequences=config.heldout_sequences,
+            needs=needs,
+            device=device,
+            rank=rank,
+            head=inputs.head,
+        ),
+        law,
+        vocab_size=vocab_size,
+    )
     with closing(reading(batches, device)) as stream:
-        return fit(
+        fitted = fit(
             draft.to(ranks.device),
             stream,
-            heldout=heldout_batches(
-                inputs.heldout,
-                batch_sequences=config.batch_sequences,
-                sequences=config.heldout_sequences,
-                needs=needs,
-                device=device,
-                rank=rank,
-                head=inputs.head,
-            ),
+            heldout=heldout,
             loss=loss,
             config=config,
             depth=inputs.depth,
@@ -607,3 +600,7 @@ def fit_from_cache(
             keeper=keeper,
             saved=saved,
         )
+    if law is not None:
+        bounded, rows = ranks.sums(counts)
+        fitted.metrics["heldout_bounded"] = round(bounded / max(1, rows), 6)
+    return fitted

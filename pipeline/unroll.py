@@ -7,23 +7,30 @@ serving sees, where only tokens that were verified keep their K/V (training-time
 draft_training.md §3.1). No [S·T, S·T] mask is built: the diagonal is one extra key a step. Queries,
 MLP and head run at supervised anchors only.
 
-A kind gives four small functions (`Unrolled`); training and decoding are here, once for both.
+A kind gives four small functions (`Unrolled`); training and decoding are here, once for both. With
+`recompute` a step's activations are made again in backward, and kept are its state, its key and its
+value (arXiv:1604.06174).
 
 Dims as in `pipeline.draft`; A anchors of a row (padded), H heads, G key/value heads, C channels of
 a head, Q tokens fed at once.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812  the name that torch's users know
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.batch import Batch
 from pipeline.blocks import (
     Attention,
     KVCache,
+    RopeTable,
     attend,
     attend_diagonal,
     rope_table,
@@ -57,8 +64,8 @@ class Steps:
     """k, v of step 0: [B, W, G, C] each."""
     mask: Tensor
     """[B, 1, A, W] bool: the indices up to a query's own."""
-    index: Tensor
-    """[B, A] int64: the index j of each query."""
+    position: Tensor
+    """[B, A] int64: the place of each query in its sequence."""
     keys: list[Tensor] = field(default_factory=list)
     """Of steps 1, 2, …: [B, A, G, C] each."""
     values: list[Tensor] = field(default_factory=list)
@@ -109,8 +116,18 @@ class Unrolled(Draft):
         """The rest of the layer: the state that is passed on, [B, A, D]."""
 
     @abstractmethod
+    def _read(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """What the head reads of a state, [..., D], and the head [Vd, D]."""
+
     def _logits(self, state: Tensor) -> Tensor:
-        """[..., D] -> [..., Vd]."""
+        return F.linear(*self._read(state))
+
+    def _run(self, step: Callable[..., Any], *inputs: Any) -> Any:
+        """The result of a pure step; its activations are kept, or made again in backward."""
+        if self.recompute and torch.is_grad_enabled():
+            # nothing here draws a random number
+            return checkpoint(step, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return step(*inputs)
 
     def _table(self, position: Tensor) -> tuple[Tensor, Tensor]:
         dtype, size = self.attention.qkv.weight.dtype, self.attention.head_size
@@ -118,14 +135,31 @@ class Unrolled(Draft):
 
     def _own_step(self, k: int, token_BA: Tensor, *, state: Tensor, steps: Steps) -> Tensor:
         """Step k ≥ 1 on the state of step k−1: [B, A, D]; adds its key and value to `steps`."""
-        x, residual = self._inputs(token_BA, state)
-        q, key, value = self.attention.project(x, self._table(steps.index + k))
+        table = self._table(steps.position + k)
+        step = partial(self._diagonal, base=steps.base, mask=steps.mask, table=table)
+        state, key, value = self._run(step, token_BA, state, [*steps.keys], [*steps.values])
         steps.keys.append(key)
         steps.values.append(value)
-        own = (steps.keys, steps.values)
-        return self._state(residual, attend_diagonal(q, steps.base, steps.mask, own=own))
+        return state
 
-    def training_logits(self, batch: Batch, depth: int) -> Iterator[Tensor]:
+    def _diagonal(
+        self,
+        token_BA: Tensor,
+        state: Tensor,
+        keys: list[Tensor],
+        values: list[Tensor],
+        *,
+        base: tuple[Tensor, Tensor],
+        mask: Tensor,
+        table: RopeTable,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The state of a step, its key and its value, from those of the steps before."""
+        x, residual = self._inputs(token_BA, state)
+        q, key, value = self.attention.project(x, table)
+        own = ([*keys, key], [*values, value])
+        return self._state(residual, attend_diagonal(q, base, mask, own=own)), key, value
+
+    def training_states(self, batch: Batch, depth: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Unroll `depth` steps from every supervised anchor, tokens teacher forced."""
         anchors = [batch.pairs(k).anchor for k in range(depth)]
         where = Anchors.of(anchors, batch.tokens)
@@ -133,23 +167,26 @@ class Unrolled(Draft):
         # x_{j+1}; the last index has none, and nobody that is supervised attends to it
         after = batch.tokens.roll(-1, dims=1)
         x, residual = self._inputs(after, self._start(batch.hidden, batch.last_hidden))
-        position = torch.arange(num_tokens, device=x.device)
         row = torch.arange(num_rows, device=x.device)[:, None] * num_tokens
         flat = row + where.index
+        first = None if batch.first is None else batch.first.gather(1, where.index)
         steps = Steps(
-            base=self.attention.keys_values(x, self._table(position)),
-            mask=visible(where.index, num_tokens),
-            index=where.index,
+            base=self.attention.keys_values(x, self._table(batch.position)),
+            mask=visible(where.index, num_tokens, first),
+            position=where.index if first is None else where.index - first,
         )
-        asked = take_rows(x.flatten(0, 1), flat)
-        q = self.attention.queries(asked, self._table(where.index))
-        attended = attend(q, *steps.base, steps.mask)
-        state = self._state(take_rows(residual.flatten(0, 1), flat), attended)
+        table = self._table(steps.position)
+
+        def begin(asked: Tensor, residual: Tensor) -> Tensor:
+            attended = attend(self.attention.queries(asked, table), *steps.base, steps.mask)
+            return self._state(residual, attended)
+
+        state = self._run(begin, *(take_rows(y.flatten(0, 1), flat) for y in (x, residual)))
         for k in range(depth):
             if k > 0:
                 token = batch.tokens.gather(1, (where.index + 1 + k).clamp(max=num_tokens - 1))
                 state = self._own_step(k, token, state=state, steps=steps)
-            yield self._logits(take_rows(state.flatten(0, 1), where.slot[anchors[k]]))
+            yield self._read(take_rows(state.flatten(0, 1), where.slot[anchors[k]]))
 
     def open(self, num_rows: int, width: int) -> State:
         """An empty cache for B rows of `width` tokens."""
@@ -180,7 +217,7 @@ class Unrolled(Draft):
         steps = Steps(
             base=(state.cache.k[:, :width], state.cache.v[:, :width]),
             mask=visible(anchor, width),
-            index=anchor,
+            position=anchor,
         )
         attended = attend(q[row, last], *steps.base, steps.mask)
         return self._state(residual[row, last], attended), steps

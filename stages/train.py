@@ -18,6 +18,7 @@ from pipeline.loss import extra_terms, find, require_law
 from pipeline.matrix import Arm, cell
 from pipeline.provenance import run
 from pipeline.ranks import open_ranks
+from pipeline.target_law import cuts
 from pipeline.train import FitConfig, fit_from_cache, open_inputs, write_curve
 from storage.workspace import Workspace, digest, tree_digest, write_json
 
@@ -31,7 +32,7 @@ def main() -> None:
     where = device(load("cluster", ClusterConfig))
     torch.set_num_threads(config.threads)
     inputs = open_inputs(arm.draft, arm.kind, cache=Path("cache"), target=Path("target"))
-    require_law(arm.objective, objective, inputs.train.layout.mode)
+    require_law(arm.objective, objective, inputs.train.layout.mode, cut=cuts(config.target_law))
     section, begin = inputs.section.model_dump(), Path("warmup", arm.start, "model")
     draft = load_draft(begin, inputs.interface, inputs.shape, expect=inputs.source, config=section)
     out, timing = Path("drafts", arm.start, arm.objective), Path("timings", f"train-{key}.json")

@@ -19,7 +19,6 @@ Dims as in `pipeline.draft`; n captured layers of width D in g.
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812  the name that torch's users know
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -170,5 +169,5 @@ class Model(Unrolled):
         out = r + self.mlp(self.post_norm(r))
         return self.norm(out) if self.config.norm_output else out
 
-    def _logits(self, state: Tensor) -> Tensor:
-        return F.linear(state if self.config.norm_output else self.norm(state), self.head)
+    def _read(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        return state if self.config.norm_output else self.norm(state), self.head

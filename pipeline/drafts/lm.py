@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.batch import Batch
-from pipeline.blocks import KVCache, Layer, RMSNorm, draw, rope_table, span, take_rows
+from pipeline.blocks import KVCache, Layer, RMSNorm, draw, rope_table, span, take_rows, visible
 from pipeline.draft import Choose, Context, Draft, DraftConfig, Needs
 from pipeline.interface import Interface, Shape
 from pipeline.seeds import generator
@@ -123,16 +123,19 @@ class Model(Draft):
     def _logits(self, x: Tensor) -> Tensor:
         return F.linear(self.norm(x), self.embed)
 
-    def training_logits(self, batch: Batch, depth: int) -> Iterator[Tensor]:
-        """Depth 0 only: one causal pass, logits at j + 1 of every supervised anchor j."""
+    def training_states(self, batch: Batch, depth: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Depth 0 only: one causal pass, states at j + 1 of every supervised anchor j."""
         num_tokens = batch.tokens.shape[1]
-        position = torch.arange(num_tokens, device=batch.tokens.device)
         head_size = self.config.hidden_size // self.config.num_heads
         x = take_rows(self.embed, batch.tokens)
-        table = rope_table(position, head_size, dtype=x.dtype)
+        table, mask = rope_table(batch.position, head_size, dtype=x.dtype), None
+        if batch.first is not None:
+            index = torch.arange(num_tokens, device=x.device).expand_as(batch.first)
+            mask = visible(index, num_tokens, batch.first)
         for layer in self.layers:
-            x = layer(x, table)
-        yield self._logits(take_rows(x.flatten(0, 1), batch.pairs(0).anchor + 1))
+            x = layer(x, table, mask)
+        asked = take_rows(x.flatten(0, 1), batch.pairs(0).anchor + 1)
+        yield self.norm(asked), self.embed
 
     def open(self, num_rows: int, width: int) -> State:
         """Empty caches for B rows of `width` tokens."""

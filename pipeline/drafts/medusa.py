@@ -102,18 +102,18 @@ class Model(Draft):
         last_hidden = require_last_hidden("medusa", last_hidden)
         return last_hidden.flatten(0, 1).to(self.weight.dtype)
 
-    def _depth_logits(self, depth: int, z: Tensor) -> Tensor:
-        """Head `depth` of features [N, D]: [N, Vd]."""
+    def _depth_state(self, depth: int, z: Tensor) -> tuple[Tensor, Tensor]:
+        """What head `depth` makes of features [N, D], and its output matrix [Vd, D]."""
         for weight, bias in zip(self.weight[depth], self.bias[depth], strict=True):
             z = z + F.silu(F.linear(z, weight, bias))
-        return F.linear(z, self.head[depth if self.config.train_heads else 0])
+        return z, self.head[depth if self.config.train_heads else 0]
 
-    def training_logits(self, batch: Batch, depth: int) -> Iterator[Tensor]:
+    def training_states(self, batch: Batch, depth: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Head k at the supervised anchors of depth k."""
         require_depth("medusa", depth, self.config.num_heads)
         features = self._features(batch.last_hidden)
         for k in range(depth):
-            yield self._depth_logits(k, take_rows(features, batch.pairs(k).anchor))
+            yield self._depth_state(k, take_rows(features, batch.pairs(k).anchor))
 
     def open(self, num_rows: int, width: int) -> State:
         """No state."""
@@ -128,6 +128,6 @@ class Model(Draft):
         anchor = features[row * num_tokens + context.length - 2]
         logits = []
         for k in range(gamma):
-            logits.append(self._depth_logits(k, anchor))
+            logits.append(F.linear(*self._depth_state(k, anchor)))
             choose(k, logits[-1])
         return torch.stack(logits, dim=1)

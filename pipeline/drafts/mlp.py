@@ -130,10 +130,11 @@ class Model(Draft):
         mixed = F.linear(state, matrix) + self.token_weight * take_rows(self.embed[stage], token)
         return F.gelu(self.norm_weight[stage] * unit_rms(mixed) + self.norm_bias[stage])
 
-    def _logits(self, k: int, state: Tensor) -> Tensor:
-        return F.linear(state, self.head[0 if self.config.tie_weights else k])
+    def _head(self, k: int) -> Tensor:
+        """[Vd, I]"""
+        return self.head[0 if self.config.tie_weights else k]
 
-    def training_logits(self, batch: Batch, depth: int) -> Iterator[Tensor]:
+    def training_states(self, batch: Batch, depth: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Stages 0 … depth−1 at every supervised anchor, tokens teacher forced."""
         require_depth("mlp", depth, self.config.num_heads)
         anchors = [batch.pairs(k).anchor for k in range(depth)]
@@ -143,7 +144,7 @@ class Model(Draft):
         for k in range(depth):
             # an anchor that depth k does not ask for may run over the end; nobody reads it
             state = self._step(k, state, tokens[(every + 1 + k).clamp(max=len(tokens) - 1)])
-            yield self._logits(k, take_rows(state, torch.searchsorted(every, anchors[k])))
+            yield take_rows(state, torch.searchsorted(every, anchors[k])), self._head(k)
 
     def open(self, num_rows: int, width: int) -> State:
         """No state."""
@@ -160,7 +161,7 @@ class Model(Draft):
         logits = []
         for k in range(gamma):
             here = self._step(k, here, token)
-            logits.append(self._logits(k, here))
+            logits.append(F.linear(here, self._head(k)))
             token = choose(k, logits[-1])
         return torch.stack(logits, dim=1)
 

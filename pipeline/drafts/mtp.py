@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812  the name that torch's users know
 from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.batch import Batch
-from pipeline.blocks import Attention, Linear, RMSNorm, SwiGLU, attend, draw, take_rows
+from pipeline.blocks import Attention, Linear, RMSNorm, SwiGLU, attend, draw, take_rows, visible
 from pipeline.draft import DraftConfig, Needs, require_interface, require_last_hidden
 from pipeline.interface import Interface, Mtp, Shape
 from pipeline.mtp_keys import LAYOUTS, SHARED, from_layout
@@ -173,21 +172,29 @@ class Model(Unrolled):
         state: Tensor = self.norm(r + self.mlp(self.post_norm(r)))
         return state
 
-    def _logits(self, state: Tensor) -> Tensor:
-        return F.linear(state, self.head)
+    def _read(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        return state, self.head
 
-    def training_logits(self, batch: Batch, depth: int) -> Iterator[Tensor]:
+    def training_states(self, batch: Batch, depth: int) -> Iterator[tuple[Tensor, Tensor]]:
         """As `Unrolled` does, or a causal pass of its own for every step."""
         if self.config.attention == "step0":
-            yield from super().training_logits(batch, depth)
+            yield from super().training_states(batch, depth)
             return
         state = self._start(batch.hidden, batch.last_hidden)
-        table = self._table(torch.arange(batch.tokens.shape[1], device=state.device))
+        table, mask = self._table(batch.position), None
+        if batch.first is not None:
+            num_tokens = batch.tokens.shape[1]
+            index = torch.arange(num_tokens, device=state.device).expand_as(batch.first)
+            mask = visible(index, num_tokens, batch.first)
+
+        def step(tokens: Tensor, before: Tensor) -> Tensor:
+            x, residual = self._inputs(tokens, before)
+            return self._state(residual, attend(*self.attention.project(x, table), mask))
+
         for k in range(depth):
             # the last k indices have no token of that step; nobody that is supervised sees them
-            x, residual = self._inputs(batch.tokens.roll(-1 - k, dims=1), state)
-            state = self._state(residual, attend(*self.attention.project(x, table), None))
-            yield self._logits(take_rows(state.flatten(0, 1), batch.pairs(k).anchor))
+            state = self._run(step, batch.tokens.roll(-1 - k, dims=1), state)
+            yield self._read(take_rows(state.flatten(0, 1), batch.pairs(k).anchor))
 
 
 def _own_module(target: Interface) -> Mtp:

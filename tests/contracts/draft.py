@@ -16,6 +16,7 @@ from pipeline.batch import Batch
 from pipeline.config import parse
 from pipeline.draft import Context, Draft, find
 from pipeline.interface import Interface, Shape
+from pipeline.unroll import Unrolled
 from storage.errors import ConfigError, DraftError
 
 V, D, T, DEPTH = 23, 8, 14, 3
@@ -271,7 +272,40 @@ class DraftContract:
                 for (_, j), row in alone[k].items():
                     torch.testing.assert_close(row, whole[k][b, j], **EXACT)
 
+    def test_sequences_packed_into_a_row_see_nothing_of_each_other(self) -> None:
+        draft = self.make()
+        # the second row's first token is supervised: it has no anchor, packed or not
+        data = self.data(turns=(TURNS[0], (0, 0, 0, 0, 0, 0, 0), *TURNS[1:]))
+        alone = by_anchor(draft, data, self.depths())
+        packed, slots = _packed(data, pad=3)
+        together = by_anchor(draft, packed, self.depths())
+        for one, joined in zip(alone, together, strict=True):
+            moved = {(0, slots[b] + j): row for (b, j), row in one.items()}
+            assert moved.keys() == joined.keys()
+            for key, row in moved.items():
+                torch.testing.assert_close(joined[key], row, **ALIGNED)
+
     # gradients and parameters
+
+    def test_activations_made_again_change_no_gradient(self) -> None:
+        draft, data = self.make(), self.data()
+        depth = find(self.kind).Model.loss_depth(self.config())
+        found, kept = [], []
+        for recompute in (False, True):
+            draft.recompute = recompute
+            draft.zero_grad()
+            bytes_kept = Kept()
+            with bytes_kept:
+                total = sum((x * x).sum() for x in draft.training_logits(data, depth))
+            assert isinstance(total, Tensor)
+            total.backward()
+            found.append([p.grad for p in draft.parameters() if p.requires_grad])
+            kept.append(bytes_kept.total)
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, **EXACT)
+        assert kept[1] <= kept[0]
+        if isinstance(draft, Unrolled):
+            assert kept[1] < 0.8 * kept[0]
 
     def test_gradients_reach_every_trainable_parameter_and_no_frozen_one(self) -> None:
         draft = self.make()
@@ -398,6 +432,56 @@ class DraftContract:
     def test_an_unknown_parameter_is_refused(self) -> None:
         with pytest.raises(ConfigError, match=r"drafts\.x\.wings is unknown"):
             self.config(wings=2)
+
+
+class Kept(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes that a forward pass keeps for its backward, each storage once."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, int] = {}
+        self.held: list[Tensor] = []
+        super().__init__(self._keep, lambda x: x)
+
+    def _keep(self, x: Tensor) -> Tensor:
+        self.held.append(x)  # so that no address is used twice
+        self.seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    @property
+    def total(self) -> int:
+        return sum(self.seen.values())
+
+
+def _packed(data: Batch, *, pad: int) -> tuple[Batch, list[int]]:
+    """All sequences of a batch in one row, and where each begins in it."""
+    lengths = data.length.tolist()
+    slots = [sum(lengths[:b]) for b in range(len(lengths))]
+    width = sum(lengths) + pad
+
+    def join(x: Tensor | None, fill: float) -> Any:
+        if x is None:
+            return None
+        out = torch.full((1, width, *x.shape[2:]), fill, dtype=x.dtype)
+        for b, (at, n) in enumerate(zip(slots, lengths, strict=True)):
+            out[0, at : at + n] = x[b, :n]
+        return out
+
+    first = torch.arange(width)[None].clone()
+    turn = data.turn.clone()
+    for b, (at, n) in enumerate(zip(slots, lengths, strict=True)):
+        first[0, at : at + n] = at
+        turn[b] += 10 * b * (turn[b] >= 0)
+    return replace(
+        data,
+        tokens=join(data.tokens, 0),
+        length=data.length.sum()[None],
+        turn=join(turn, -1),
+        token_logp=join(data.token_logp, 0.0),
+        law_row=join(data.law_row, 0),
+        hidden=join(data.hidden, 0.0),
+        last_hidden=join(data.last_hidden, 0.0),
+        first=first,
+    ), slots
 
 
 def _first(x: Tensor | None) -> Tensor | None:

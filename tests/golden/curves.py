@@ -48,15 +48,18 @@ def loss_of(kind: str, **parameters: float) -> Any:
     return partial(module.loss, config=module.Config(kind=kind, **parameters))
 
 
-def curve(kind: str, folder: Path) -> dict[str, Any]:
-    """The losses of a run from scratch under lk_lambda on `folder`'s cache, and its weights."""
+def curve(kind: str, folder: Path, **over: Any) -> dict[str, Any]:
+    """The losses of a run from scratch under lk_lambda on `folder`'s cache, and its weights.
+
+    over: other parameters of the loop.
+    """
     inputs = inputs_of(kind, folder)
     draft = inputs.fresh(0)
     fitted = fit_from_cache(
         draft,
         inputs,
         loss=loss_of("lk_lambda", eta=3.0),
-        config=FitConfig(**{**FIT, "steps": STEPS, "log_every": 1}),
+        config=FitConfig(**{**FIT, "steps": STEPS, "log_every": 1, **over}),
         seed=0,
         stage="train",
         cell=kind,

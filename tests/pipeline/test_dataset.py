@@ -125,6 +125,44 @@ def test_full_logits_give_the_dense_law_of_the_same_rows() -> None:
     torch.testing.assert_close(row.sum(-1), torch.ones(1, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
+def test_packed_rows_hold_every_sequence_whole_with_its_own_law_and_turns() -> None:
+    records = [*RECORDS, record("long", num_tokens=40), record("last", num_tokens=9)]
+    plain, packed = collate(records, LAYOUT), collate(records, LAYOUT, pack_tokens=30)
+    assert packed.first is not None
+    assert isinstance(packed.law, SparseLaw)
+    assert isinstance(plain.law, SparseLaw)
+    # the longest decides how long rows are at the least
+    assert packed.tokens.shape == (3, 40)
+    assert packed.length.tolist() == [40, 39, 9]
+    assert sorted(packed.ids) == sorted(plain.ids)
+    starts = [
+        (b, t)
+        for b in range(3)
+        for t in range(40)
+        if packed.first[b, t] == t and t < packed.length[b]
+    ]
+    assert len(starts) == 5
+    for (b, at), name in zip(starts, packed.ids, strict=True):
+        r = next(x for x in records if x.id == name)
+        row, rows = plain.ids.index(name), slice(at, at + len(r.tokens))
+        own = slice(0, len(r.tokens))
+        assert packed.tokens[b, rows].tolist() == r.tokens.tolist()
+        assert (packed.first[b, rows] == at).all()
+        assert packed.position[b, rows].tolist() == list(range(len(r.tokens)))
+        for what in ("token_logp", "hidden", "last_hidden"):
+            assert torch.equal(getattr(packed, what)[b, rows], getattr(plain, what)[row, own])
+        own_rows = (packed.law_row[b, rows] >= 0).nonzero().squeeze(1)
+        assert own_rows.tolist() == np.flatnonzero(supervised(r.turn)).tolist()
+        mine = packed.law.take(packed.law_row[b, rows][own_rows])
+        same = plain.law.take(plain.law_row[row, own][own_rows])
+        assert torch.equal(mine.ids, same.ids)
+        assert torch.equal(mine.weight, same.weight)
+    turns = [packed.turn[1, t].item() for t in range(39) if packed.turn[1, t] >= 0]
+    assert len(set(turns)) == 3  # of three sequences of one turn each
+    for depth in range(3):
+        assert len(packed.pairs(depth).anchor) == len(plain.pairs(depth).anchor)
+
+
 def test_records_read_without_their_law_give_a_batch_without_one(tmp_path: Path) -> None:
     write_cache(tmp_path / "c.zarr", num_sequences=4)
     records = Cache.open(tmp_path / "c.zarr").records([0, 1], arrays={"tokens", "turn"})
@@ -211,7 +249,11 @@ def test_heldout_batches_are_fixed_and_spread_over_the_cache(tmp_path: Path) -> 
 
 def test_supervised_tokens_are_counted(tmp_path: Path) -> None:
     records = write_cache(tmp_path / "c.zarr", num_sequences=5)
-    counts = supervised_counts(Cache.open(tmp_path / "c.zarr"))
+    assert Cache.open(tmp_path / "c.zarr").num_parts == 1
+    write_cache(tmp_path / "more.zarr", num_sequences=5, part_tokens=40)
+    cache = Cache.open(tmp_path / "more.zarr")
+    assert cache.num_parts > 1
+    counts = supervised_counts(cache)
     expected = np.zeros(V, dtype=int)
     for r in records:
         for t in range(1, len(r.tokens)):

@@ -159,3 +159,42 @@ def test_two_uses_of_a_row_mix_up_nothing() -> None:
         gradients(hidden, kl, alpha), gradients(z, *terms(z, sparse_law())), strict=True
     ):
         torch.testing.assert_close(a, b @ weight, rtol=1e-10, atol=1e-12)
+
+
+def test_nothing_pulls_where_q_is_p() -> None:
+    hidden, weight = inputs()
+    with torch.no_grad():
+        p_NV = (hidden @ weight.T).softmax(-1)
+    kl, alpha = head_terms(hidden, weight, all_entries(p_NV), columns=64)
+    torch.testing.assert_close(kl, torch.zeros_like(kl), rtol=0, atol=1e-12)
+    torch.testing.assert_close(alpha, torch.ones_like(alpha), rtol=0, atol=1e-12)
+    for x in torch.autograd.grad(kl.sum(), (hidden, weight)):
+        torch.testing.assert_close(x, torch.zeros_like(x), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("gap", [1.0, 60.0, 600.0])
+def test_the_likelihood_of_a_point_mass_is_exact_however_small_alpha_is(gap: float) -> None:
+    p = torch.zeros(1, V)
+    p[0, 4] = 1
+    # logits are the weights themselves, one of them far below the others
+    weight = torch.zeros(V, 1)
+    weight[4] = -gap
+    hidden, weight = torch.ones(1, 1, requires_grad=True), weight.requires_grad_()
+    _, alpha = head_terms(hidden, weight, all_entries(p), columns=64)
+    exact = weight.detach().double().T.log_softmax(-1)
+    torch.testing.assert_close(-alpha.log(), -exact[:, 4], rtol=1e-6, atol=1e-6)
+    (gradient,) = torch.autograd.grad(-alpha.log().sum(), weight)
+    torch.testing.assert_close(gradient.double().T, exact.exp() - p, rtol=1e-5, atol=1e-6)
+
+
+def test_the_widest_vocabulary_agrees_with_float64() -> None:
+    vocab = 262_144
+    law = sparse_law(N, vocab)
+    hidden, weight = inputs(vocab, dtype=torch.float32)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    whole = terms(exact[0] @ exact[1].T, law)
+    fused = head_terms(hidden, weight, law)
+    for a, b in zip(fused, whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=5e-6, atol=5e-6)
+    for a, b in zip(pulled(hidden, weight, *fused), pulled(*exact, *whole), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-5)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipeline.law import DenseLaw, SparseLaw
-from pipeline.serving import Served, Serving, serve, serve_logits
+from pipeline.serve import Serving, serve_logits
+from pipeline.serving import Served, serve
 from pipeline.terms import terms
 from tests.pipeline.test_bounds import exact_alpha, random_laws, truncated
 

@@ -13,15 +13,16 @@ from torch import Tensor
 from pipeline.batch import Batch
 from pipeline.config import parse, read_params
 from pipeline.dataset import collate, training_batches
+from pipeline.depths import depth_terms
 from pipeline.draft import Draft, Needs, find
 from pipeline.interface import Shape
 from pipeline.loss import find as find_loss
 from pipeline.optimizer import AdamW
+from pipeline.terms import terms
 from pipeline.train import (
     FitConfig,
     Fitted,
     WarmupConfig,
-    depth_terms,
     evaluate,
     fit,
     reading,
@@ -54,6 +55,9 @@ CONFIG: dict[str, Any] = {
     "heldout_sequences": 8,
     "log_every": 10,
     "micro_batch_sequences": None,
+    "pack_tokens": None,
+    "checkpoint_depths": False,
+    "target_law": None,
     "dtype": "float32",
     "ranks": 1,
     "sharding": "ddp",
@@ -155,10 +159,10 @@ class Pruned(torch.nn.Module):
         self.table = torch.nn.Parameter(torch.zeros(V, len(d2t)))
         self.register_buffer("d2t", d2t)
 
-    def training_logits(self, batch: Batch, depth: int) -> Iterator[Tensor]:
+    def training_states(self, batch: Batch, depth: int) -> Iterator[tuple[Tensor, Tensor]]:
         for k in range(depth):
             last = batch.tokens.flatten()[batch.pairs(k).anchor + 1 + k]
-            yield torch.nn.functional.embedding(last, self.table)
+            yield torch.nn.functional.embedding(last, self.table), torch.eye(self.table.shape[1])
 
 
 def test_depths_of_different_length_are_masked_and_uncovered_pairs_counted() -> None:
@@ -241,18 +245,19 @@ def test_bfloat16_computes_in_halves_and_keeps_whole_weights() -> None:
 
 
 @pytest.mark.parametrize("kind", ["lm", "medusa", "eagle3"])
-def test_every_draft_makes_bfloat16_logits_under_autocast(kind: str) -> None:
+def test_every_draft_makes_bfloat16_logits_under_autocast(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, seen = inputs_of(kind, None).fresh(0), []
-    inner = model.training_logits
 
-    def watched(batch: Batch, depth: int) -> Iterator[Tensor]:
-        for logits in inner(batch, depth):
-            seen.append(logits.dtype)
-            yield logits
+    def watched(logits: Tensor, *args: Any, **named: Any) -> tuple[Tensor, ...]:
+        seen.append(logits.dtype)
+        return terms(logits, *args, **named)
 
-    object.__setattr__(model, "training_logits", watched)
+    monkeypatch.setattr("pipeline.depths.terms", watched)
     kl, alpha, mask = depth_terms(model, DATA[0], 2 - model.shifts, dtype=torch.bfloat16)
     assert set(seen) == {torch.bfloat16}
+    monkeypatch.undo()
     assert (kl.dtype, alpha.dtype) == (torch.float64, torch.float64)
     exact, *_ = depth_terms(model, DATA[0], 2 - model.shifts)
     torch.testing.assert_close(kl[mask].mean(), exact[mask].mean(), rtol=0.02, atol=0)
