@@ -1,4 +1,4 @@
-"""A tiny target in memory, and a project with one on disk: what generate, capture, verify need."""
+"""Tiny targets: a project with one on disk, and a member of each family that we claim to serve."""
 
 import shutil
 from collections.abc import Sequence
@@ -15,6 +15,151 @@ ROOT = Path(__file__).parents[1]
 V = 300
 SENTENCE = "the cat sat on a mat and then went home with seven red apples for old friends"
 WORDS = SENTENCE.split()
+
+
+# what the members share; four layers, so that an engine's capture after layers has three of them
+SHAPE: dict[str, Any] = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 96,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "tie_word_embeddings": False,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 12,
+}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 24,
+}
+# windows shorter than a sequence, so that what leaves them is seen to be gone
+MIXED = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    # the layers that readers of the original EAGLE layout take, 2, n//2, n-3, differ from n = 7 on
+    "llama-3.1-8b": ("Llama", {"rope_parameters": LLAMA3_ROPE, "num_hidden_layers": 7}),
+    "llama-3.3-70b": (
+        "Llama",
+        {"rope_parameters": LLAMA3_ROPE, "num_attention_heads": 8, "num_key_value_heads": 1},
+    ),
+    "gpt-oss-20b": (
+        "GptOss",
+        {
+            **MIXED,
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {**YARN, "rope_theta": 150_000.0, "truncate": False},
+        },
+    ),
+    "gpt-oss-120b": (
+        "GptOss",
+        {
+            **MIXED,
+            "head_dim": 16,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 4,
+            "rope_parameters": {**YARN, "rope_theta": 150_000.0, "truncate": False},
+        },
+    ),
+    "qwen3-235b-a22b": (
+        "Qwen3Moe",
+        {
+            "head_dim": 16,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "norm_topk_prob": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
+    ),
+    "deepseek-v3": (
+        "DeepseekV3",
+        {
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 16,
+            "q_lora_rank": 24,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 12,
+            "v_head_dim": 10,
+            "n_routed_experts": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 1,
+            "num_nextn_predict_layers": 1,
+            "rope_parameters": {**YARN, "rope_theta": 1e4, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
+    "qwen3-8b": (
+        "Qwen3",
+        {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
+    "gemma-3-4b": (
+        "Gemma3",
+        {
+            **MIXED,
+            "head_dim": 8,
+            "query_pre_attn_scalar": 16,
+            "tie_word_embeddings": True,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
+}
+
+
+def member(family: str, *, entropy: float = 1.5) -> Any:
+    """A random member of a family: its config's peculiarities, small, its laws of `entropy` nats.
+
+    Weights are large enough that every layer, router, sink and bias matters to the logits; then the
+    final norm alone is scaled, which a tied embedding does not feel.
+    """
+    import torch
+    import transformers
+
+    name, own = FAMILIES[family]
+    text = "Text" if name == "Gemma3" else ""
+    config = getattr(transformers, f"{name}{text}Config")(**{**SHAPE, **own})
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    tied = config.tie_word_embeddings
+    for key, x in model.state_dict().items():
+        if tied and key == "lm_head.weight":
+            continue
+        noise = torch.randn(x.shape, generator=generator)
+        if "norm" in key:
+            x.add_(noise * 0.2)
+        elif "embed" in key:
+            x.copy_(noise * (0.1 if tied else 1.0))  # a larger tied one repeats the last token
+        elif x.ndim >= 2:
+            x.copy_(noise * x.shape[-1] ** -0.5)
+        elif x.ndim == 1:  # biases, sinks
+            x.copy_(noise * 0.5)
+    tokens = torch.randint(1, V, (8, 24), generator=generator)
+    norm, offset = model.get_decoder().norm, 1.0 if name == "Gemma3" else 0.0
+    plain, low, high = norm.weight.clone(), 0.0, None
+    scale = 1e-2
+    while high is None or high / low > 1.01:
+        norm.weight.copy_((plain + offset) * scale - offset)
+        logp = model(tokens, use_cache=False).logits.log_softmax(-1)
+        flat = float(-(logp.exp() * logp).sum(-1).mean()) > entropy
+        low, high = (scale, high) if flat else (low, scale)
+        scale = scale * 1.5 if high is None else (low + high) / 2
+    return model
 
 
 def target_of(model: Any, *, eos_ids: Sequence[int] = (0,)) -> Target:
