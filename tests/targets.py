@@ -122,7 +122,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def member(family: str, *, entropy: float = 1.5) -> Any:
+def member(family: str, *, entropy: float = 1.75) -> Any:
     """A random member of a family: its config's peculiarities, small, its laws of `entropy` nats.
 
     Weights are large enough that every layer, router, sink and bias matters to the logits; then the
