@@ -3,7 +3,8 @@
 `presets/embedded.yaml` is a whole parameter file; every other preset is laid over it: mappings are
 merged key by key, except where `kind` differs (another source, another target), which replaces the
 mapping. Two keys are not sections: `matrix` (draft -> seeds and objectives) writes `starts` and
-`arms`, and `exports` (arm -> format, or a list of them) writes the export cells. Torch-free; keeps comments.
+`arms`, and `exports` (arm -> format, or a list of them) writes the export cells. Torch-free; keeps
+comments.
 """
 
 from collections.abc import Iterable, Mapping

@@ -122,6 +122,66 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# its own MTP module as a section of `drafts:`
+DEEPSEEK_MTP: dict[str, Any] = {
+    "kind": "mtp",
+    "depth": 2,
+    "init": "target",
+    "attention": "step0",
+    "num_heads": 4,
+    "num_kv_heads": None,
+    "head_size": None,
+    "intermediate_size": None,
+    "qk_norm": False,
+    "qkv_bias": False,
+    "rope_theta": 1e4,
+    "norm_eps": 1e-6,
+    "latent": {
+        "query_rank": 24,
+        "key_rank": 16,
+        "rotary_size": 8,
+        "plain_size": 12,
+        "value_size": 10,
+        "interleaved": True,
+    },
+    "experts": {
+        "count": 8,
+        "per_token": 3,
+        "groups": 4,
+        "groups_per_token": 2,
+        "inner_size": 16,
+        "shared": 1,
+        "scale": 2.5,
+        "normed": True,
+    },
+    "lr_scale": 1.0,
+    "steps_scale": 1.0,
+}
+
+
+def mtp_tensors(model: Any) -> dict[str, Any]:
+    """A module for the DeepSeek member as its files would hold it: the block of its last layer."""
+    import torch
+
+    n, size = model.config.num_hidden_layers, model.config.hidden_size
+    g = torch.Generator().manual_seed(9)
+    tensors = {
+        "enorm.weight": 1 + 0.2 * torch.randn(size, generator=g),
+        "hnorm.weight": 1 + 0.2 * torch.randn(size, generator=g),
+        "shared_head.norm.weight": model.get_decoder().norm.weight.clone(),
+        "eh_proj.weight": torch.randn(size, 2 * size, generator=g) * size**-0.5,
+    }
+    for name, x in model.get_decoder().layers[-1].state_dict().items():
+        if not name.startswith("mlp.experts."):
+            tensors[name] = x.clone()
+            continue
+        for e, matrix in enumerate(x):  # one tensor of all experts, gate above up, in memory
+            what = ("gate", "up") if name.endswith("gate_up_proj") else ("down",)
+            for part, rows in zip(what, matrix.chunk(len(what)), strict=True):
+                tensors[f"mlp.experts.{e}.{part}_proj.weight"] = rows.clone()
+    return {f"model.layers.{n}.{name}": x for name, x in tensors.items()}
+
+
 def member(family: str, *, entropy: float = 1.75) -> Any:
     """A random member of a family: its config's peculiarities, small, its laws of `entropy` nats.
 
@@ -143,6 +203,8 @@ def member(family: str, *, entropy: float = 1.75) -> Any:
         noise = torch.randn(x.shape, generator=generator)
         if "norm" in key:
             x.add_(noise * 0.2)
+        elif "correction" in key:  # beside scores within 0 … 1
+            x.copy_(noise * 0.1)
         elif "embed" in key:
             x.copy_(noise * (0.1 if tied else 1.0))  # a larger tied one repeats the last token
         elif x.ndim >= 2:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from ruamel.yaml import YAML
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.check import check_params
@@ -28,7 +28,15 @@ from stages import capture, evaluate, export, generate, target, train, verify, w
 from storage.reader import Cache
 from storage.record import Record, supervised
 from storage.tables import PROMPTS, ROUNDS, SEQUENCES, read_table, write_table
-from tests.targets import FAMILIES, ROOT, member, prompts, tokenizer
+from tests.targets import (
+    DEEPSEEK_MTP,
+    FAMILIES,
+    ROOT,
+    member,
+    mtp_tensors,
+    prompts,
+    tokenizer,
+)
 
 SCALE = {"lr_scale": 1.0, "steps_scale": 1.0}
 DRAFTS: dict[str, dict[str, Any]] = {
@@ -74,8 +82,11 @@ CLOSE = 1e-4
 
 def formats(family: str) -> dict[str, list[str]]:
     """Draft -> every format that fits a target of this family."""
-    whole = ["speculators", "sglang", "eagle"]
-    return {**FORMATS, "eagle3": whole} if family in LAYERS else FORMATS
+    own = {
+        "llama-3.1-8b": {"eagle3": ["speculators", "sglang", "eagle"]},
+        "deepseek-v3": {"mtp": ["native"]},
+    }
+    return {**FORMATS, **own.get(family, {})}
 
 
 def params_of(family: str) -> dict[str, Any]:
@@ -110,6 +121,8 @@ def params_of(family: str) -> dict[str, Any]:
     for name, values in small.items():
         params[name].update(values)
     params["drafts"] = {kind: {"kind": kind, **own, **SCALE} for kind, own in DRAFTS.items()}
+    if family == "deepseek-v3":  # the family that brings a module of its own
+        params["drafts"]["mtp"] = DEEPSEEK_MTP
     params["drafts"]["lm"]["steps_scale"] = 6.0  # it begins with nothing of the target's
     params["starts"], params["arms"], params["exports"] = {}, {}, {}
     for kind, forms in formats(family).items():
@@ -139,7 +152,11 @@ def family(request: pytest.FixtureRequest) -> str:
 def project(family: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A finished project of that family; tests run inside it."""
     folder = tmp_path_factory.mktemp(family)
-    member(family).save_pretrained(folder / "model")
+    model, weights = member(family), folder / "model" / "model.safetensors"
+    model.save_pretrained(folder / "model")
+    if family == "deepseek-v3":
+        both = {**load_file(weights), **mtp_tensors(model)}
+        save_file(both, weights, metadata={"format": "pt"})
     tokenizer().save_pretrained(folder / "model")
     rows = [*prompts("train", 10), *prompts("heldout", 6)]
     write_table(folder / "data" / "prompts.parquet", PROMPTS, rows)
