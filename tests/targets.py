@@ -311,3 +311,45 @@ def copy_project(source: Path, folder: Path) -> Path:
     """A copy that a test may change."""
     shutil.copytree(source, folder, dirs_exist_ok=True)
     return folder
+
+
+def assert_assisted_alike(
+    target: Target, folder: Path, prompt: Sequence[int], *, gamma: int, new_tokens: int
+) -> list[int]:
+    """Assisted generation and our decoder with an exported `lm`: what each round kept.
+
+    Equal texts, and equal acceptances round by round. Theirs drafts from the prompt on, ours once
+    the target has said its first token: they are given that token. Near the end theirs drafts no
+    more than fit, so that the last round's count may differ.
+    """
+    import pytest
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.generation.candidate_generator import AssistedCandidateGenerator as Theirs
+
+    from pipeline.export import find_format
+    from pipeline.speculate import Rules, decode
+
+    draft = find_format("lm", "transformers").read(folder, None)
+    rules = Rules(gamma, 0.0, new_tokens, tuple(target.spec.eos_ids), trace=True)
+    given, none = torch.tensor(prompt), torch.zeros(1, rules.num_uniforms, dtype=torch.float64)
+    ours = decode(target, draft, [given], rules, uniforms_BU=none)[0][0]
+    begun = torch.cat([given, torch.tensor(ours.tokens[:1])])[None]
+    matches: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Theirs, "update_candidate_strategy", lambda self, ids, scores, n: matches.append(int(n))
+        )
+        text = target.model.generate(
+            begun,
+            attention_mask=torch.ones_like(begun),
+            assistant_model=AutoModelForCausalLM.from_pretrained(folder),
+            max_new_tokens=new_tokens - 1,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    assert text[0, len(given) :].tolist() == ours.tokens
+    kept = [sum(drafted.kept for drafted in turn.drafts) for turn in ours.trace]
+    assert matches[: len(kept) - 1] == kept[:-1]
+    assert len(matches) == len(kept)
+    return kept

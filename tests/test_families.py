@@ -22,7 +22,6 @@ from pipeline.check import check_params
 from pipeline.config import read_params
 from pipeline.export import find_format
 from pipeline.features import encode_bf16
-from pipeline.speculate import Rules, decode
 from pipeline.target import Target, load_target, read_interface, read_spec
 from stages import capture, evaluate, export, generate, target, train, verify, warmup
 from storage.reader import Cache
@@ -32,6 +31,7 @@ from tests.targets import (
     DEEPSEEK_MTP,
     FAMILIES,
     ROOT,
+    assert_assisted_alike,
     member,
     mtp_tensors,
     prompts,
@@ -303,42 +303,9 @@ def test_every_format_that_fits_opens_again(family: str, project: Path) -> None:
     assert opened == sum(len(forms) for forms in formats(family).values())
 
 
-def test_assisted_generation_accepts_what_our_decoder_counts(
-    loaded: Target, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Round by round, and the target's greedy text, from the exported folder in transformers.
-
-    Theirs drafts from the prompt on, ours once the target has said its first token: they are given
-    that token. Near the end theirs drafts no more than fit, so that the last round differs.
-    """
-    from transformers import AutoModelForCausalLM
-    from transformers.generation.candidate_generator import AssistedCandidateGenerator as Theirs
-
-    matches: list[int] = []
-    monkeypatch.setattr(
-        Theirs, "update_candidate_strategy", lambda self, ids, scores, n: matches.append(int(n))
-    )
+def test_assisted_generation_accepts_what_our_decoder_counts(loaded: Target) -> None:
+    """From the exported folder in transformers, sliding windows and all."""
     folder = Path("export/lm-lk_lambda-0/transformers")
-    assistant, draft = (
-        AutoModelForCausalLM.from_pretrained(folder),
-        find_format("lm", "transformers").read(folder, None),
-    )
-    rules = Rules(GAMMA, 0.0, 14, tuple(loaded.spec.eos_ids), trace=True)
     for row in read_table(Path("sequences/greedy.parquet"), SEQUENCES)[:2]:
-        prompt = torch.tensor(row["tokens"][: row["turn"].index(0)])
-        uniforms = torch.zeros(1, rules.num_uniforms, dtype=torch.float64)
-        ours = decode(loaded, draft, [prompt], rules, uniforms_BU=uniforms)[0][0]
-        begun = torch.cat([prompt, torch.tensor(ours.tokens[:1])])[None]
-        matches.clear()
-        text = loaded.model.generate(
-            begun,
-            attention_mask=torch.ones_like(begun),
-            assistant_model=assistant,
-            max_new_tokens=rules.max_new_tokens - 1,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        assert text[0, len(prompt) :].tolist() == ours.tokens
-        kept = [sum(drafted.kept for drafted in turn.drafts) for turn in ours.trace]
-        assert matches[: len(kept) - 1] == kept[:-1]
-        assert len(matches) == len(kept)
+        prompt = row["tokens"][: row["turn"].index(0)]
+        assert_assisted_alike(loaded, folder, prompt, gamma=GAMMA, new_tokens=14)
