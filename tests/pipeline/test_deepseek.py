@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.batch import Batch
+from pipeline.blocks import Rotary
+from pipeline.checkpoint import save_draft
 from pipeline.config import parse
 from pipeline.draft import find
 from pipeline.export import ExportConfig, Source, export_draft, find_format
@@ -18,7 +20,9 @@ from pipeline.interface import Interface, Shape
 from pipeline.mtp_keys import FP8_BLOCK, widened
 from pipeline.pin import write_interface, write_mtp
 from pipeline.target import read_interface
+from pipeline.warm import begin
 from storage.errors import ConfigError, DraftError
+from storage.workspace import tree_digest
 from tests.targets import DEEPSEEK_MTP, member, mtp_tensors, target_of
 
 T, DEPTH = 30, 3
@@ -186,6 +190,37 @@ def test_a_parameter_that_nothing_reads_is_refused(over: dict[str, Any], sentenc
 def test_it_is_refused_where_a_format_cannot_say_it(pinned: Callable[..., Interface]) -> None:
     with pytest.raises(ConfigError, match=r"latent attention or experts .*; export the format nat"):
         find_format("mtp", "speculators").require(build(pinned()).config)
+
+
+def test_scaled_angles_are_refused_where_a_format_is_given_a_base_alone(
+    model: Any, pinned: Callable[..., Interface], tmp_path: Path
+) -> None:
+    dense = {"latent": None, "experts": None, "intermediate_size": 32, "init": "fresh"}
+    draft = build(pinned(), **dense, qk_norm=True)
+    draft.rotary = Rotary((1.0, 0.1, 0.01, 0.001), 1.0, 1.0)
+    source = Source("mtp-kl-0", target_of(model).spec, tmp_path, {})
+    (tmp_path / "config.json").write_text("{}")
+    config = ExportConfig(dtype="float32", num_assistant_tokens=2)
+    with pytest.raises(DraftError, match="turns with its target's scaled rotary angles; expected"):
+        find_format("mtp", "speculators").write(tmp_path, draft, source, config)
+
+
+def test_a_start_keeps_its_angles_or_is_refused(
+    model: Any, pinned: Callable[..., Interface], tmp_path: Path
+) -> None:
+    interface, spec, module = pinned(), target_of(model).spec, find("mtp")
+    shape, first = Shape(*interface.embed.shape), build(interface)
+    config = first.config.model_dump()
+    save_draft(tmp_path, first, config=config, meta={"target": spec.fingerprint}, shape=shape)
+    start = {"folder": str(tmp_path), "sha256": tree_digest(tmp_path)}
+
+    def again(init: str) -> Any:
+        section = parse("drafts.mtp", {**config, "init": init, "start": start}, module.Config)
+        return begin(section, model=module.Model, spec=spec, interface=interface, layers=[], seed=1)
+
+    assert torch.equal(again("target").mlp.gate_up, first.mlp.gate_up)
+    with pytest.raises(DraftError, match=r"a draft with other rotary angles; .* the same init"):
+        again("fresh")
 
 
 def test_8_bit_weights_are_widened_block_by_block() -> None:
