@@ -2,6 +2,7 @@
 
 from lkcache.presets import dump, write_cells, yaml
 from pipeline.config import PARAMS
+from pipeline.matrix import Export
 from storage.errors import ConfigError
 
 
@@ -12,9 +13,11 @@ def matrix(rows: list[str]) -> None:
     """
     params = yaml().load(PARAMS)
     lists = dict(_row(row) for row in rows)
-    old = {arm: cell["format"] for arm, cell in params["exports"].items()}
+    old: dict[str, list[str]] = {}
+    for key, cell in params["exports"].items():
+        old.setdefault(Export(**cell).arm(key), []).append(cell["format"])
     write_cells(params, lists, {})
-    kept = {arm: form for arm, form in old.items() if arm in params["arms"]}
+    kept = {arm: forms for arm, forms in old.items() if arm in params["arms"]}
     write_cells(params, lists, kept)
     dump(params, PARAMS)
     print(f"{PARAMS}: {len(params['starts'])} starts, {len(params['arms'])} arms")

@@ -3,7 +3,8 @@
 `presets/embedded.yaml` is a whole parameter file; every other preset is laid over it: mappings are
 merged key by key, except where `kind` differs (another source, another target), which replaces the
 mapping. Two keys are not sections: `matrix` (draft -> seeds and objectives) writes `starts` and
-`arms`, and `exports` (arm -> format) writes the export cells. Torch-free; keeps comments.
+`arms`, and `exports` (arm -> format, or a list of them) writes the export cells. Torch-free; keeps
+comments.
 """
 
 from collections.abc import Iterable, Mapping
@@ -47,9 +48,14 @@ def compose(folder: Path, preset: str) -> CommentedMap:
 
 
 def write_cells(
-    params: CommentedMap, matrix: Mapping[str, Mapping[str, Any]], exports: Mapping[str, str]
+    params: CommentedMap,
+    matrix: Mapping[str, Mapping[str, Any]],
+    exports: Mapping[str, str | list[str]],
 ) -> None:
-    """Write `starts`, `arms` and `exports` from the lists of seeds and objectives of each draft."""
+    """Write `starts`, `arms` and `exports` from the lists of seeds and objectives of each draft.
+
+    An arm's first format is keyed by the arm, every other by `<arm>-<format>`.
+    """
     starts, arms, cells = CommentedMap(), CommentedMap(), CommentedMap()
     for draft, rows in matrix.items():
         kind = _known(params, "drafts", draft)["kind"]
@@ -62,7 +68,7 @@ def write_cells(
                 arms[f"{draft}-{objective}-{seed}"] = _flow(
                     draft=draft, kind=kind, objective=objective, loss=loss, seed=seed, start=start
                 )
-    for arm, form in exports.items():
+    for arm, forms in exports.items():
         if arm not in arms:
             raise ConfigError(
                 found=f"export of arm {arm!r}",
@@ -70,7 +76,8 @@ def write_cells(
                 todo="name an arm of the matrix",
             )
         row = {key: arms[arm][key] for key in ("start", "draft", "kind", "objective")}
-        cells[arm] = _flow(**row, format=form)
+        for index, form in enumerate([forms] if isinstance(forms, str) else forms):
+            cells[f"{arm}-{form}" if index else arm] = _flow(**row, format=form)
     params["starts"], params["arms"], params["exports"] = starts, arms, cells
     for block in ("arms", "exports"):  # `starts` keeps the blank line of the section above it
         params.yaml_set_comment_before_after_key(block, before="")

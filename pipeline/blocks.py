@@ -20,6 +20,18 @@ NORM_EPS = 1e-6  # Llama's; written into every export
 RopeTable = tuple[Tensor, Tensor]
 
 
+@dataclass(frozen=True)
+class Rotary:
+    """RoPE's angles where they are not those of one base alone (YaRN, Llama 3.1)."""
+
+    inv_freq: tuple[float, ...]
+    """[C/2] radians a position."""
+    scale: float
+    """Of cos and sin."""
+    score_scale: float
+    """Of attention scores (DeepSeek's mscale², 1 elsewhere)."""
+
+
 class Linear(nn.Module):
     """x [..., in] -> x Wᵀ (+ b) [..., out]; W [out, in] is empty until `draw` fills it."""
 
@@ -86,12 +98,21 @@ def take_rows(x_ND: Tensor, index: Tensor) -> Tensor:
 
 
 def rope_table(
-    position: Tensor, head_size: int, *, dtype: torch.dtype, theta: float = ROPE_THETA
+    position: Tensor,
+    head_size: int,
+    *,
+    dtype: torch.dtype,
+    theta: float = ROPE_THETA,
+    rotary: Rotary | None = None,
 ) -> RopeTable:
     """RoPE's cos and sin [..., 1, C/2] at integer positions [...] (arXiv:2104.09864)."""
+    place = position.float().unsqueeze(-1).unsqueeze(-1)
+    if rotary is not None:
+        angle = place * torch.tensor(rotary.inv_freq, device=position.device)
+        return (angle.cos() * rotary.scale).to(dtype), (angle.sin() * rotary.scale).to(dtype)
     # float32 whatever the model's dtype, as transformers does: an angle in bfloat16 is useless
     exponent = torch.arange(0, head_size, 2, device=position.device).float() / head_size
-    angle = position.float().unsqueeze(-1).unsqueeze(-1) * theta**-exponent
+    angle = place * theta**-exponent
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
@@ -163,13 +184,22 @@ class KVCache:
     k: Tensor
     """[B, W + 1, H, C], rotated by position."""
     v: Tensor
-    """[B, W + 1, H, C]"""
+    """[B, W + 1, H, C], or of another C."""
 
     @classmethod
-    def empty(cls, num_rows: int, width: int, *, heads: tuple[int, int], like: Tensor) -> "KVCache":
+    def empty(
+        cls,
+        num_rows: int,
+        width: int,
+        *,
+        heads: tuple[int, int],
+        like: Tensor,
+        value_size: int | None = None,
+    ) -> "KVCache":
         """Zeros for W = `width` positions of H, C = `heads`, with `like`'s dtype and device."""
         shape = (num_rows, width + 1, *heads)
-        return cls(like.new_zeros(shape), like.new_zeros(shape))
+        values = (*shape[:-1], value_size or heads[1])
+        return cls(like.new_zeros(shape), like.new_zeros(values))
 
     @property
     def width(self) -> int:
@@ -232,7 +262,22 @@ class Attention(nn.Module):
         self.k_norm = None if eps is None else RMSNorm(self.head_size, eps=eps)
 
     @property
-    def pieces(self) -> tuple[int, int, int]:
+    def rotary_size(self) -> int:
+        """Channels of a head that are turned: all."""
+        return self.head_size
+
+    @property
+    def value_size(self) -> int:
+        """Channels of a value."""
+        return self.head_size
+
+    @property
+    def like(self) -> Tensor:
+        """A weight, for its dtype and device."""
+        return self.qkv.weight.data
+
+    @property
+    def pieces(self) -> tuple[int, ...]:
         """Rows of q, k and v in `qkv`."""
         shared = self.num_kv_heads * self.head_size
         return self.num_heads * self.head_size, shared, shared

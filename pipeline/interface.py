@@ -24,7 +24,8 @@ class Mtp:
     prefix: str
     """What stood before each of them in the target's files."""
     settings: Mapping[str, Any]
-    """num_heads, num_kv_heads, head_size, intermediate_size, rope_theta, rope_type, norm_eps."""
+    """What names and shapes do not say, by the names of a section of kind `mtp`; `rotary` holds the
+    angles of a `rope_type` that is not `default`."""
     tensors: Mapping[str, Tensor]
     """Float32, names without the prefix."""
 

@@ -52,13 +52,17 @@ class Arm(Strict):
 
 
 class Export(Strict):
-    """One entry of `exports`, keyed by its arm."""
+    """One entry of `exports`: keyed by its arm, or `<arm>-<format>` where an arm has several."""
 
     start: str
     draft: Name
     kind: Name
     objective: Name
     format: Name
+
+    def arm(self, key: str) -> str:
+        """The arm that the entry of that key exports."""
+        return key.removesuffix(f"-{self.format}")
 
 
 def cell(section: str, argv: Sequence[str], model: type[Any]) -> tuple[str, Any]:
@@ -93,9 +97,18 @@ def check_matrix(params: Mapping[str, Any]) -> None:
     for key, start in starts.items():
         trained = [arm.objective for arm in arms.values() if arm.start == key]
         _agree(f"starts.{key}", "objectives", start.objectives, trained)
+    written: dict[tuple[str, str], str] = {}
     for key, export in exports.items():
-        _require(f"exports.{key}", key, "arms", arms)
-        arm = arms[key]
+        arm_key = export.arm(key)
+        _require(f"exports.{key}", arm_key, "arms", arms)
+        arm = arms[arm_key]
+        if (other := written.setdefault((arm_key, export.format), key)) != key:
+            raise ConfigError(
+                found=f"{PARAMS}: exports.{other} and exports.{key} are both {arm_key} as "
+                f"{export.format}",
+                expected="an entry for each format of an arm",
+                todo=f"remove one, or correct the format and key of exports.{key}",
+            )
         for name in ("start", "draft", "kind", "objective"):
             _agree(f"exports.{key}", name, getattr(export, name), getattr(arm, name))
 

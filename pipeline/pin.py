@@ -6,6 +6,7 @@ that no later stage has to trust a family's conventions.
 """
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ PROBE_TOKENS = 8
 # the same sums in the same order on the same device; what remains is a fused kernel's freedom
 PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+STATIC_ROPE = ("linear", "llama3", "yarn")
 # where families keep their first multi-token-prediction module; {n}: the number of layers
 MTP_PREFIXES = {
     "deepseek": "model.layers.{n}.",
@@ -302,18 +304,64 @@ def write_mtp(out: Path, home: Path, config: Any) -> None:
     if not layouts:
         return
     layout = layouts[0]
+    described = {"layout": layout, "prefix": prefixes[layout], "settings": _mtp_settings(config)}
+    save_file(found[layout], out / MTP, metadata={"mtp": json.dumps(described)})
+
+
+def _mtp_settings(config: Any) -> dict[str, Any]:
+    """What the names and shapes of a module's tensors do not say."""
     rope = getattr(config, "rope_parameters", None) or {}
-    settings = {
+    share = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None)
+    settings: dict[str, Any] = {
         "num_heads": config.num_attention_heads,
         "num_kv_heads": getattr(config, "num_key_value_heads", None),
         "head_size": getattr(config, "head_dim", None),
         "intermediate_size": config.intermediate_size,
+        "hidden_act": getattr(config, "hidden_act", None),
         "rope_theta": rope.get("rope_theta"),
         "rope_type": rope.get("rope_type", "default"),
+        "partial_rotary_factor": share or 1.0,
+        "rotary": _rotary(config, rope),
         "norm_eps": config.rms_norm_eps,
+        "latent": None,
+        "experts": None,
     }
-    described = {"layout": layout, "prefix": prefixes[layout], "settings": settings}
-    save_file(found[layout], out / MTP, metadata={"mtp": json.dumps(described)})
+    if config.model_type == "deepseek_v3":
+        # heads are unfolded to as many keys, of a size that `latent` says
+        settings |= {"num_kv_heads": None, "head_size": None, "intermediate_size": None}
+        settings["latent"] = {
+            "query_rank": config.q_lora_rank,
+            "key_rank": config.kv_lora_rank,
+            "rotary_size": config.qk_rope_head_dim,
+            "plain_size": config.qk_nope_head_dim,
+            "value_size": config.v_head_dim,
+            "interleaved": config.rope_interleave,
+        }
+        settings["experts"] = {
+            "count": config.n_routed_experts,
+            "per_token": config.num_experts_per_tok,
+            "groups": config.n_group,
+            "groups_per_token": config.topk_group,
+            "inner_size": config.moe_intermediate_size,
+            "shared": config.n_shared_experts,
+            "scale": config.routed_scaling_factor,
+            "normed": config.norm_topk_prob,
+        }
+    return settings
+
+
+def _rotary(config: Any, rope: dict[str, Any]) -> dict[str, Any] | None:
+    """Angles of a rule that no length changes; None for a base alone, or another rule."""
+    if rope.get("rope_type") not in STATIC_ROPE:
+        return None
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    inv_freq, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config)
+    score_scale = 1.0
+    if config.model_type == "deepseek_v3" and rope.get("mscale_all_dim"):
+        factor = max(float(rope["factor"]), 1.0)
+        score_scale = (0.1 * rope["mscale_all_dim"] * math.log(factor) + 1.0) ** 2
+    return {"inv_freq": inv_freq.tolist(), "scale": float(scale), "score_scale": score_scale}
 
 
 def _head_metadata(model: Any) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from pipeline.blocks import (
     Attention,
     KVCache,
     RopeTable,
+    Rotary,
     attend,
     attend_diagonal,
     rope_table,
@@ -38,6 +39,7 @@ from pipeline.blocks import (
     take_rows,
     visible,
 )
+from pipeline.deepseek import LatentAttention
 from pipeline.draft import Choose, Context, Draft
 from storage.errors import DraftError
 
@@ -97,8 +99,10 @@ class Anchors:
 class Unrolled(Draft):
     """A draft of one layer that runs on its own output."""
 
-    attention: Attention
+    attention: Attention | LatentAttention
     rope_theta: float
+    rotary: Rotary | None = None
+    """Angles in place of those of `rope_theta`."""
 
     @abstractmethod
     def _start(self, hidden: Tensor | None, last_hidden: Tensor | None) -> Tensor:
@@ -130,8 +134,8 @@ class Unrolled(Draft):
         return step(*inputs)
 
     def _table(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        dtype, size = self.attention.qkv.weight.dtype, self.attention.head_size
-        return rope_table(position, size, dtype=dtype, theta=self.rope_theta)
+        dtype, size = self.attention.like.dtype, self.attention.rotary_size
+        return rope_table(position, size, dtype=dtype, theta=self.rope_theta, rotary=self.rotary)
 
     def _own_step(self, k: int, token_BA: Tensor, *, state: Tensor, steps: Steps) -> Tensor:
         """Step k ≥ 1 on the state of step k−1: [B, A, D]; adds its key and value to `steps`."""
@@ -190,10 +194,10 @@ class Unrolled(Draft):
 
     def open(self, num_rows: int, width: int) -> State:
         """An empty cache for B rows of `width` tokens."""
-        like = self.attention.qkv.weight.data
+        like, values = self.attention.like, self.attention.value_size
         heads = (self.attention.num_kv_heads, self.attention.head_size)
         return State(
-            cache=KVCache.empty(num_rows, width, heads=heads, like=like),
+            cache=KVCache.empty(num_rows, width, heads=heads, like=like, value_size=values),
             filled=torch.zeros(num_rows, dtype=torch.int64, device=like.device),
         )
 

@@ -83,6 +83,12 @@ def begin(
         )
     _same_section(folder, other.config, section, shape)
     draft = model.build(section, shape, interface, seed, d2t=other.d2t)
+    if getattr(draft, "rotary", None) != getattr(other, "rotary", None):
+        raise DraftError(
+            found=f"{folder} holds a draft with other rotary angles",
+            expected="those of the draft that starts from it",
+            todo="set the same init under drafts.*: target takes the target's angles",
+        )
     _fill(folder, draft, other.state_dict())
     return draft
 

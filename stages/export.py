@@ -1,4 +1,4 @@
-"""Write one arm's draft as the folder that an engine loads: `python -m stages.export <arm>`."""
+"""Write one arm's draft as the folder that an engine loads: `python -m stages.export <cell>`."""
 
 import sys
 from pathlib import Path
@@ -18,8 +18,8 @@ TARGET, RESULTS = Path("target"), Path("results")
 
 
 def main() -> None:
-    """Check, rename, write, open again and compare; then publish `export/<arm>/<format>`."""
-    arm, item = cell("exports", sys.argv, Export)
+    """Check, rename, write, open again and compare; then publish `export/<cell>/<format>`."""
+    key, item = cell("exports", sys.argv, Export)
     config: ExportConfig = load("export", ExportConfig)
     form = find_format(item.kind, item.format)
     spec = read_spec(TARGET)
@@ -30,7 +30,7 @@ def main() -> None:
     shape = Shape(spec.vocab_size, spec.hidden_size)
     draft = load_draft(checkpoint, interface, shape, expect={"target": spec.fingerprint})
     measured = _measured(item, described)
-    out = Path("export") / arm / item.format
+    out = Path("export") / key / item.format
     fingerprint = digest(
         [
             item.model_dump(),
@@ -40,13 +40,15 @@ def main() -> None:
             tree_digest(checkpoint),
         ]
     )
-    with Workspace("export", fingerprint, outs=[out], cell=arm) as workspace:
+    with Workspace("export", fingerprint, outs=[out], cell=key) as workspace:
         if workspace.complete():
             return
-        source = Source(arm, spec, home, described, interface=interface, measured=measured)
+        source = Source(
+            item.arm(key), spec, home, described, interface=interface, measured=measured
+        )
         export_draft(workspace.path(out), draft, form=form, source=source, config=config)
         workspace.publish()
-    print(f"{arm}: {out}, opened again with equal logits")
+    print(f"{key}: {out}, opened again with equal logits")
 
 
 def _measured(item: Export, described: dict[str, Any]) -> list[str]:

@@ -11,8 +11,9 @@ steps at j (`pipeline.unroll`). `per_step` is what the `speculators` package tra
 fresh causal pass over that step's own keys, positions not advanced; decoding has no such cache, so
 that only depth 0 equals its training.
 
-`init: target` begins with the target's own module; it has to be dense, a matter of its shape that
-the target's settings and the section must agree on.
+`init: target` begins with the target's own module, of whose shape the target's settings and the
+section must agree: a dense one, or DeepSeek-V3's (`latent` attention, `experts` in place of one
+SwiGLU). Its rotary angles are the target's, YaRN and the like included.
 
 Dims as in `pipeline.draft`.
 """
@@ -22,14 +23,25 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pipeline.batch import Batch
-from pipeline.blocks import Attention, Linear, RMSNorm, SwiGLU, attend, draw, take_rows, visible
+from pipeline.blocks import (
+    Attention,
+    Linear,
+    RMSNorm,
+    Rotary,
+    SwiGLU,
+    attend,
+    draw,
+    take_rows,
+    visible,
+)
+from pipeline.deepseek import Experts, ExpertsConfig, LatentAttention, LatentConfig
 from pipeline.draft import DraftConfig, Needs, require_interface, require_last_hidden
 from pipeline.interface import Interface, Mtp, Shape
-from pipeline.mtp_keys import LAYOUTS, SHARED, from_layout
+from pipeline.mtp_keys import LAYOUTS, SHARED, from_layout, widened
 from pipeline.seeds import generator
 from pipeline.unroll import Unrolled, require_heads
 from pipeline.vocab import require_d2t
@@ -49,7 +61,8 @@ class Config(DraftConfig):
     """G; None for one of each head's own."""
     head_size: Annotated[int, Field(gt=0)] | None
     """C; None for the width over the heads."""
-    intermediate_size: Annotated[int, Field(gt=0)]
+    intermediate_size: Annotated[int, Field(gt=0)] | None
+    """I; null with `experts`, which have their own."""
     qk_norm: bool
     """Whether each head of q and k is normed (Qwen3)."""
     qkv_bias: bool
@@ -57,32 +70,64 @@ class Config(DraftConfig):
     rope_theta: Annotated[float, Field(gt=0)]
     norm_eps: Annotated[float, Field(gt=0)]
     draft_vocab_size: Annotated[int, Field(gt=0)] | None = None
+    latent: LatentConfig | None = None
+    """DeepSeek's attention: no `num_kv_heads`, `head_size`, `qk_norm` or `qkv_bias` with it."""
+    experts: ExpertsConfig | None = None
+
+    @model_validator(mode="after")
+    def _what_is_set_is_read(self) -> "Config":
+        plain = {
+            name: getattr(self, name)
+            for name in ("num_kv_heads", "head_size", "qk_norm", "qkv_bias")
+            if getattr(self, name)
+        }
+        if self.latent is not None and plain:
+            raise ValueError(f"no {', '.join(plain)} with latent, which does not read it")
+        if (self.experts is None) == (self.intermediate_size is None):
+            raise ValueError("intermediate_size or experts, and not both")
+        return self
 
 
 class Model(Unrolled):
     """Projection of [embedding; hidden], one layer, a norm, and the target's head."""
 
+    mlp: SwiGLU | Experts
+
     def __init__(
-        self, config: Config, embed: Tensor, *, head: Tensor, d2t: Tensor | None = None
+        self,
+        config: Config,
+        embed: Tensor,
+        *,
+        head: Tensor,
+        d2t: Tensor | None = None,
+        rotary: Rotary | None = None,
     ) -> None:
         super().__init__(d2t)
-        self.config, self.rope_theta = config, config.rope_theta
+        self.config, self.rope_theta, self.rotary = config, config.rope_theta, rotary
         size, eps = embed.shape[1], config.norm_eps
         self.embed = nn.Parameter(embed, requires_grad=False)
         self.token_norm = RMSNorm(size, eps=eps)
         self.hidden_norm = RMSNorm(size, eps=eps)
         self.project = Linear(2 * size, size)
         self.input_norm = RMSNorm(size, eps=eps)
-        self.attention = Attention(
-            size,
-            config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_size=config.head_size,
-            qkv_bias=config.qkv_bias,
-            qk_norm_eps=eps if config.qk_norm else None,
-        )
+        if config.latent is not None:
+            scale = 1.0 if rotary is None else rotary.score_scale
+            self.attention = LatentAttention(size, config.num_heads, config.latent, scale=scale)
+        else:
+            self.attention = Attention(
+                size,
+                config.num_heads,
+                num_kv_heads=config.num_kv_heads,
+                head_size=config.head_size,
+                qkv_bias=config.qkv_bias,
+                qk_norm_eps=eps if config.qk_norm else None,
+            )
         self.post_norm = RMSNorm(size, eps=eps)
-        self.mlp = SwiGLU(size, config.intermediate_size)
+        if config.experts is not None:
+            self.mlp = Experts(size, config.experts)
+        else:
+            assert config.intermediate_size is not None
+            self.mlp = SwiGLU(size, config.intermediate_size)
         self.norm = RMSNorm(size, eps=eps)
         self.head = nn.Parameter(head, requires_grad=False)
 
@@ -113,17 +158,20 @@ class Model(Unrolled):
     ) -> "Model":
         """A layer drawn from `seed`, or the target's own; `DraftError` where it has none."""
         target = require_interface("mtp", shape, interface)
-        require_heads(
-            shape.hidden_size,
-            config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_size=config.head_size,
-        )
+        if config.latent is None:
+            require_heads(
+                shape.hidden_size,
+                config.num_heads,
+                num_kv_heads=config.num_kv_heads,
+                head_size=config.head_size,
+            )
         d2t = require_d2t(d2t, config.draft_vocab_size, shape.vocab_size)
         head = target.lm_head if d2t is None else target.lm_head[d2t]
-        model = cls(config, target.embed, head=head, d2t=d2t)
-        if config.init == "target":
-            model._take(_own_module(target), target)
+        own = _own_module(target) if config.init == "target" else None
+        rotary = None if own is None else own_rotary(own)
+        model = cls(config, target.embed, head=head, d2t=d2t, rotary=rotary)
+        if own is not None:
+            model._take(own, target)
         else:
             stream = generator(seed, "draft", "mtp")
             for part in (model.project, model.attention, model.mlp):
@@ -138,8 +186,8 @@ class Model(Unrolled):
 
     def _take(self, own: Mtp, target: Interface) -> None:
         """Fill the module from the target's; `DraftError` where shape or settings differ."""
-        _same_settings(self.config, self.attention, own)
-        tensors = dict(own.tensors)
+        same_settings(self, own)
+        tensors = widened(own.tensors)
         for theirs, ours in SHARED.items():
             copy = tensors.pop(theirs, None)
             if copy is not None and not torch.equal(copy, getattr(target, ours)):
@@ -208,30 +256,46 @@ def _own_module(target: Interface) -> Mtp:
     own = target.mtp()
     if own.layout not in LAYOUTS:
         raise DraftError(
-            found=f"a target whose MTP module has the names of {own.layout}, with gated attention",
-            expected="a dense module of one of " + ", ".join(k for k in LAYOUTS),
+            found=f"a target whose MTP module has the names of {own.layout}, with gated attention "
+            "that no draft here computes",
+            expected="a module of one of " + ", ".join(k for k in LAYOUTS if k != "speculators"),
             todo="set init: fresh under drafts in params.yaml",
         )
     return own
 
 
-def _same_settings(config: Config, attention: Attention, own: Mtp) -> None:
-    """`DraftError` where the section's shape is not that of the target's module."""
-    theirs = dict(own.settings)
-    theirs["num_kv_heads"] = theirs["num_kv_heads"] or theirs["num_heads"]
+def own_rotary(own: Mtp) -> Rotary | None:
+    """The target's angles; None where they are those of its base alone."""
+    found = own.settings.get("rotary")
+    if found is None:
+        return None
+    return Rotary(tuple(found["inv_freq"]), found["scale"], found["score_scale"])
+
+
+def same_settings(draft: Model, own: Mtp) -> None:
+    """`DraftError` where a draft's shape is not that of the target's module."""
+    config, theirs = draft.config, dict(own.settings)
+    if theirs.get("num_kv_heads") is None and theirs.get("latent") is None:
+        theirs["num_kv_heads"] = theirs.get("num_heads")
+    latent = config.latent is not None
     ours = {
+        "latent": config.latent and config.latent.model_dump(),
+        "experts": config.experts and config.experts.model_dump(),
         "num_heads": config.num_heads,
-        "num_kv_heads": attention.num_kv_heads,
-        "head_size": attention.head_size,
+        "num_kv_heads": None if latent else draft.attention.num_kv_heads,
+        "head_size": None if latent else draft.attention.head_size,
         "intermediate_size": config.intermediate_size,
+        "hidden_act": "silu",
         "rope_theta": config.rope_theta,
-        "rope_type": "default",
+        "rope_type": theirs.get("rope_type") if draft.rotary else "default",
+        "partial_rotary_factor": 1.0,
         "norm_eps": config.norm_eps,
     }
     for name, value in ours.items():
-        if theirs[name] is not None and theirs[name] != value:
+        said = theirs.get(name)
+        if said != value and (said is not None or name in ("latent", "experts")):
             raise DraftError(
-                found=f"{name} {value} for a target whose MTP module has {theirs[name]}",
-                expected="the target's own, because the draft asks for init: target",
+                found=f"{name} {value} for a target whose MTP module has {said}",
+                expected="the target's own, because the draft is to be its module",
                 todo=f"correct drafts.*.{name} in params.yaml, or set init: fresh",
             )

@@ -2,14 +2,18 @@
 
 `model.safetensors` holds that module alone, to be laid over the target's own files: engines that
 serve a target's MTP (vLLM, SGLang) read it there and take embedding, head and settings from the
-target. `config.json` keeps the layout, the prefix and the shape (draft_training.md §2.5).
+target. So shape and rotary angles must be the target's. `config.json` keeps them, the layout and
+the prefix (draft_training.md §2.5).
 """
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pipeline.blocks import Rotary
 from pipeline.config import parse
+from pipeline.deepseek import ExpertsConfig, LatentConfig
 from pipeline.draft import Draft, find, require_interface
 from pipeline.export import ExportConfig, Source, same_logits, save_tensors, write_card
 from pipeline.interface import Interface, Shape
@@ -29,9 +33,20 @@ FLAGS: Mapping[str, Flag] = {
     "depth": Flag(int),
     "vocab_size": Flag(int),
     "hidden_size": Flag(int),
-    **{name: Flag(bool if name.startswith("qk") else int) for name in MODULE},
+    **{name: Flag(bool if name.startswith("qk") else (int, type(None))) for name in MODULE},
     "rope_theta": Flag((int, float)),
     "norm_eps": Flag((int, float)),
+}
+# sections that a module may lack
+OPTIONAL: Mapping[str, Mapping[str, Flag]] = {
+    "latent": {
+        name: Flag(bool if name == "interleaved" else int) for name in LatentConfig.model_fields
+    },
+    "experts": {
+        name: Flag(bool if name == "normed" else float if name == "scale" else int)
+        for name in ExpertsConfig.model_fields
+    },
+    "rotary": {"inv_freq": Flag(list), "scale": Flag(float), "score_scale": Flag(float)},
 }
 USAGE = """
 The target's own multi-token-prediction module, trained further, under the target's key names. Lay
@@ -62,15 +77,19 @@ def write(folder: Path, draft: Draft, source: Source, config: ExportConfig) -> N
             todo="export the format speculators",
         )
     state: Any = draft
+    find("mtp").same_settings(draft, described)
     tensors = to_layout(
         state.module, described.layout, pieces=pieces_of(draft), prefix=described.prefix
     )
     save_tensors(folder, tensors, config.dtype)
     section, attention = draft.config, state.attention
-    shape = {
-        "num_heads": attention.num_heads,
-        "num_kv_heads": attention.num_kv_heads,
-        "head_size": attention.head_size,
+    shape = {"num_heads": attention.num_heads}
+    if section.latent is None:
+        shape |= {"num_kv_heads": attention.num_kv_heads, "head_size": attention.head_size}
+    optional = {
+        "latent": section.latent and section.latent.model_dump(),
+        "experts": section.experts and section.experts.model_dump(),
+        "rotary": state.rotary and asdict(state.rotary),
     }
     write_json(
         folder / "config.json",
@@ -84,6 +103,7 @@ def write(folder: Path, draft: Draft, source: Source, config: ExportConfig) -> N
             **{name: shape.get(name, getattr(section, name)) for name in MODULE},
             "rope_theta": section.rope_theta,
             "norm_eps": section.norm_eps,
+            **{name: values for name, values in optional.items() if values is not None},
         },
     )
     write_card(folder, source, config, USAGE)
@@ -92,19 +112,27 @@ def write(folder: Path, draft: Draft, source: Source, config: ExportConfig) -> N
 def read(folder: Path, target: Interface | None) -> Draft:
     """The draft that the folder holds, between the target's embedding and head."""
     place, module = folder / "config.json", find("mtp")
-    flags = read_flags(read_json(place), FLAGS, place=place, complete=True)
-    section = {
+    described = read_json(place)
+    known = dict(FLAGS)
+    for part in OPTIONAL.keys() & described.keys():
+        known |= {f"{part}.{name}": flag for name, flag in OPTIONAL[part].items()}
+    flags = read_flags(described, known, place=place, complete=True)
+    section: dict[str, Any] = {
         "kind": "mtp",
         "lr_scale": 1.0,
         "steps_scale": 1.0,
         "init": "fresh",
         "attention": "step0",
         **{name: flags[name] for name in ("depth", *MODULE, "rope_theta", "norm_eps")},
+        **{part: described[part] for part in ("latent", "experts") if part in described},
     }
     shape = Shape(flags["vocab_size"], flags["hidden_size"])
     interface = require_interface("mtp", shape, target)
     config = parse(str(place), section, module.Config)
-    draft: Any = module.Model.build(config, shape, interface, 0)
+    rotary = described.get("rotary")
+    if rotary is not None:
+        rotary = Rotary(tuple(rotary["inv_freq"]), rotary["scale"], rotary["score_scale"])
+    draft: Any = module.Model(config, interface.embed, head=interface.lm_head, rotary=rotary)
     own = draft.module
     found = from_layout(
         read_tensors(folder),

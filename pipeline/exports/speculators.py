@@ -31,7 +31,7 @@ from pipeline.published import (
     read_speculators,
     vocabulary_maps,
 )
-from storage.errors import ConfigError
+from storage.errors import ConfigError, DraftError
 from storage.workspace import read_json, write_json
 
 KINDS = ("eagle3", "mtp")
@@ -76,6 +76,12 @@ def require(config: Any) -> None:
     """`ConfigError` for an MTP module that the package has no class for."""
     if config.kind != "mtp":
         return
+    if config.latent is not None or config.experts is not None:
+        raise ConfigError(
+            found="an mtp draft with latent attention or experts for the format speculators",
+            expected="a module as Qwen3 has it, over the whole vocabulary",
+            todo="export the format native, or train a module without latent and experts",
+        )
     for wrong, found, todo in (
         (not config.qk_norm, "qk_norm false", "set qk_norm: true"),
         (config.qkv_bias, "qkv_bias true", "set qkv_bias: false"),
@@ -111,6 +117,12 @@ def _layer(draft: Any, source: Source, model_type: str) -> dict[str, Any]:
 
 def _config(draft: Any, source: Source, config: ExportConfig) -> dict[str, Any]:
     kind = draft.config.kind
+    if getattr(draft, "rotary", None) is not None:
+        raise DraftError(
+            found="a draft that turns with its target's scaled rotary angles",
+            expected="angles of rope_theta alone, which the format's readers are given here",
+            todo="export the format native, or train with init: fresh",
+        )
     architectures = read_json(source.home / "config.json").get("architectures", [])
     proposal = {
         "proposal_type": "greedy",

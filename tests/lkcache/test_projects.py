@@ -8,7 +8,7 @@ import pytest
 
 from lkcache.init import init
 from lkcache.matrix import matrix
-from lkcache.presets import changes, compose
+from lkcache.presets import changes, compose, dump, write_cells, yaml
 from lkcache.use import use
 from pipeline.check import check_params
 from pipeline.config import read_params
@@ -57,6 +57,20 @@ def test_matrix_writes_cells_that_check_accepts(
     assert params["arms"]["lm-tv-4"]["start"] == "lm-4"
     assert params["exports"] == {}
     assert "export of lm-lk_lambda-0 was dropped" in capsys.readouterr().out
+
+
+def test_an_arm_keeps_its_several_formats(project: Path) -> None:
+    params = yaml().load(Path("params.yaml"))
+    lists = {"eagle3": {"seeds": [0], "objectives": ["kl"]}}
+    write_cells(params, lists, {"eagle3-kl-0": ["speculators", "sglang"]})
+    dump(params, Path("params.yaml"))
+    keys = ["eagle3-kl-0", "eagle3-kl-0-sglang"]
+    assert list(read_params()["exports"]) == keys
+    matrix(["eagle3:0:kl,tv"])
+    params = read_params()
+    check_params(params)
+    assert [cell["format"] for cell in params["exports"].values()] == ["speculators", "sglang"]
+    assert list(params["exports"]) == keys
 
 
 @pytest.mark.parametrize(

@@ -305,6 +305,34 @@ class TestMTPQwen3(DraftContract):
         assert_is_mtp(draft, data, self.depths())
 
 
+class TestMTPDeepSeek(DraftContract):
+    """Latent attention, keys and values of different size, and routed experts."""
+
+    kind = "mtp"
+    params: ClassVar = {
+        **MTP,
+        "intermediate_size": None,
+        "latent": {
+            "query_rank": 6,
+            "key_rank": 5,
+            "rotary_size": 4,
+            "plain_size": 3,
+            "value_size": 5,
+            "interleaved": True,
+        },
+        "experts": {
+            "count": 6,
+            "per_token": 2,
+            "groups": 3,
+            "groups_per_token": 2,
+            "inner_size": 5,
+            "shared": 2,
+            "scale": 1.5,
+            "normed": True,
+        },
+    }
+
+
 def assert_is_mtp(draft: Any, data: Batch, depth: int) -> None:
     """draft_training.md §3.4 with every index as a query: the first T columns causal, later blocks
     diagonal, or each step's own causal block alone."""

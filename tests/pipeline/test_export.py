@@ -20,6 +20,7 @@ from pipeline.keys import rename
 from pipeline.target import TargetSpec
 from storage.errors import ConfigError, DraftError
 from storage.workspace import tree_digest
+from tests.targets import assert_assisted_alike, target_of
 
 V = 64
 LM = {
@@ -136,6 +137,24 @@ def test_assisted_generation_emits_the_targets_greedy_text(
     }
     plain = target.generate(prompt, **asked)
     assert torch.equal(plain, target.generate(prompt, assistant_model=assistant, **asked))
+
+
+def test_assisted_generation_accepts_what_our_decoder_counts(
+    tmp_path: Path, draft: Draft, source: Source
+) -> None:
+    """On a target that the draft nearly is: its own model, its weights disturbed."""
+    from transformers import AutoModelForCausalLM
+
+    folder = written(tmp_path, draft, source)
+    model = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
+    g = torch.Generator().manual_seed(2)
+    for p in model.parameters():
+        p.add_(torch.randn(p.shape, generator=g) * 0.03)
+    kept: list[int] = []
+    for prompt in ([5, 9, 33, 2, 17], [40, 3], [11, 12, 60]):
+        target = target_of(model)
+        kept += assert_assisted_alike(target, folder, prompt, gamma=3, new_tokens=40)
+    assert set(kept) >= {0, 1, 3}
 
 
 def test_folder_holds_the_targets_tokenizer_and_where_it_comes_from(

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import read_params
-from pipeline.matrix import Arm, Start, cell, check_matrix
+from pipeline.matrix import Arm, Export, Start, cell, check_matrix
 from storage.errors import ConfigError
 
 PARAMS: dict[str, Any] = {
@@ -75,12 +75,32 @@ def test_the_shipped_matrix_agrees(request: pytest.FixtureRequest) -> None:
             {**PARAMS, "exports": {"lm-kl-0": PARAMS["exports"]["lm-lk10-0"]}},
             r"exports\.lm-kl-0 refers to 'lm-kl-0', which arms does not",
         ),
+        (
+            {**PARAMS, "exports": {"lm-lk10-0-sglang": PARAMS["exports"]["lm-lk10-0"]}},
+            r"exports\.lm-lk10-0-sglang refers to 'lm-lk10-0-sglang', which arms does not",
+        ),
+        (
+            {
+                **PARAMS,
+                "exports": dict.fromkeys(
+                    ("lm-lk10-0", "lm-lk10-0-transformers"), PARAMS["exports"]["lm-lk10-0"]
+                ),
+            },
+            r"exports\.lm-lk10-0 and exports\.lm-lk10-0-transformers are both lm-lk10-0 as tr",
+        ),
         ({k: v for k, v in PARAMS.items() if k != "starts"}, r"starts is None; expected"),
     ],
 )
 def test_what_does_not_agree_is_named(params: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         check_matrix(params)
+
+
+def test_an_arm_is_exported_in_several_formats() -> None:
+    first = PARAMS["exports"]["lm-lk10-0"]
+    second = {**first, "format": "gguf"}
+    check_matrix({**PARAMS, "exports": {"lm-lk10-0": first, "lm-lk10-0-gguf": second}})
+    assert Export(**first).arm("lm-lk10-0") == Export(**second).arm("lm-lk10-0-gguf") == "lm-lk10-0"
 
 
 def test_a_cell_is_read_by_the_key_on_the_command_line(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
@@ -90,6 +91,44 @@ def test_a_cache_without_what_the_draft_needs_is_refused_before_anything_is_writ
         stage(warmup, "medusa-0", monkeypatch)
     with pytest.raises(DraftError, match=r"1 captured layers; expected the 3 .* reruns capture"):
         stage(warmup, "eagle3-0", monkeypatch)
+    assert not Path("warmup").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "over", "sentence"),
+    [
+        (
+            "eagle3",
+            {"draft_vocab_size": V + 1},
+            f"a draft vocabulary of {V + 1} ids; expected from 1 to the target's {V}; correct dra",
+        ),
+        ("eagle3", {"num_heads": 3}, f"num_heads 3 on a target of width {D}; .* that fill the wid"),
+        ("mtp", {"head_size": 5}, "head_size 5; expected heads of an even number of channels;"),
+        ("mtp", {"num_kv_heads": 3}, "num_kv_heads 3 for num_heads 2; expected a divisor"),
+        ("lm", {"num_heads": 3}, "hidden_size 8 with num_heads 3; expected heads of an even numb"),
+        (
+            "mtp",
+            {"init": "target"},
+            "a target without a multi-token-prediction module .* asks for init: target; set init",
+        ),
+        (
+            "eagle3",
+            {"fused_layers": 2},
+            "a cache with 3 captured layers; expected the 2 .* capture.hidden_layers .* reruns cap",
+        ),
+    ],
+)
+def test_a_draft_that_does_not_fit_the_target_is_one_sentence_before_training(
+    kind: str,
+    over: dict[str, Any],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    params = edit(PARAMS, drafts={kind: {**PARAMS["drafts"][kind], **over}})
+    project(tmp_path, monkeypatch, params=params)
+    with pytest.raises(DraftError, match=sentence):
+        stage(warmup, f"{kind}-0", monkeypatch)
     assert not Path("warmup").exists()
 
 
