@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PATH := $(BIN):$(PATH)
 
-.PHONY: run test quick check env fix deps gpu-bench clean help
+.PHONY: run test quick check env fix deps gpu-bench page-check clean help
 
 run: env  ## the whole pipeline on params.yaml, to report/index.html
 	dvc repro
@@ -51,6 +51,10 @@ deps: env  ## write every stage's import closure into dvc.yaml
 
 gpu-bench: env  ## the terms and the fused head on this machine's GPU, to benchmarks/terms-gpu.md
 	python benchmarks/terms.py --device cuda
+
+page-check: env  ## our pages in headless Chromium with axe-core (asks for Node 20 and Chromium)
+	cd tests/browser && npm install --no-package-lock --no-audit --no-fund
+	pytest -n 0 tests/browser
 
 clean:  ## remove what stages left unfinished; outputs and DVC's cache stay
 	rm -rf .scratch quick
