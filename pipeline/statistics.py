@@ -389,9 +389,13 @@ def verdict(difference: Difference, *, objective: str, baseline: str, temperatur
             f"[{100 * low:.{digits}f}, {100 * high:.{digits}f}] "
             f"{'longer' if shown.estimate > 0 else 'shorter'} than {baseline} {where}"
         )
+    where, limit = f"{where} that", f"{difference.prompts} prompts"
+    if difference.over_seeds is not None and difference.these_seeds.decided:
+        # more prompts would not help: the trained drafts do differ, but so do their seeds
+        where, limit = f"at T = {temperature:g} that", f"{difference.seeds} seeds"
     return (
-        f"no difference between {objective} and {baseline} {where} that "
-        f"{difference.prompts} prompts can show: {percent(shown.estimate, digits=digits)} % "
+        f"no difference between {objective} and {baseline} {where} "
+        f"{limit} can show: {percent(shown.estimate, digits=digits)} % "
         f"[{percent(shown.lo, digits=digits)}, {percent(shown.hi, digits=digits)}]; "
         f"one of {100 * difference.detectable:.1f} % would probably have shown"
     )

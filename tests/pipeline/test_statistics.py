@@ -1,5 +1,7 @@
 """Intervals cover, families hold together, verdicts say what the interval says."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.special import ndtr
@@ -236,6 +238,13 @@ def made_up(estimate: float, lo: float, hi: float, *, seeds: int = 3) -> Differe
             (
                 "no difference between lk_lambda and kl at T = 1 over 3 seeds that 256 prompts can "
                 "show: +0.2 % [−0.8, +1.2]; one of 1.2 % would probably have shown"
+            ),
+        ),
+        (
+            replace(made_up(0.02, -0.01, 0.05), these_seeds=Interval(0.02, 0.01, 0.03)),
+            (
+                "no difference between lk_lambda and kl at T = 1 that 3 seeds can show: "
+                "+2.0 % [−1.0, +5.0]; one of 1.2 % would probably have shown"
             ),
         ),
         (
