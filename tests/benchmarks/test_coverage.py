@@ -26,20 +26,20 @@ def test_the_closed_form_is_what_many_prompts_and_seeds_say(regime: str) -> None
 
 
 def test_intervals_hold_what_is_true() -> None:
-    """150 experiments a cell, four standard errors wide; coverage.md has thousands."""
-    alike = coverage(Setting("sampled", 3, 0.0), experiments=150, resamples=400)
-    assert alike.over / 150 >= 0.93
-    assert 0.88 <= alike.these / 150 <= 1
+    """100 experiments a cell, four standard errors wide; coverage.md has thousands."""
+    alike = coverage(Setting("sampled", 3, 0.0), experiments=100, resamples=400)
+    assert alike.over / 100 >= 0.92
+    assert 0.86 <= alike.these / 100 <= 1
     assert alike.these == alike.these_of_all
     apart = seed_deviation(REGIMES["sampled"], 0.1, components=True)
-    split = coverage(Setting("sampled", 3, apart), experiments=150, resamples=400)
-    assert split.over / 150 >= 0.88
+    split = coverage(Setting("sampled", 3, apart), experiments=100, resamples=400)
+    assert split.over / 100 >= 0.86
     # what the trained drafts alone say is not what all seeds say
-    assert split.these_of_all / 150 < 0.8
-    assert split.these / 150 >= 0.88
+    assert split.these_of_all / 100 < 0.8
+    assert split.these / 100 >= 0.86
 
 
 def test_a_family_holds_together() -> None:
-    found = coverage(Setting("sampled", 3, 0.0, arms=7), experiments=60, resamples=1000)
-    assert found.over / 60 >= 0.9
-    assert found.these / 60 >= 0.83
+    found = coverage(Setting("sampled", 3, 0.0, arms=7), experiments=40, resamples=1000)
+    assert found.over / 40 >= 0.85
+    assert found.these / 40 >= 0.8
