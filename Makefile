@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PATH := $(BIN):$(PATH)
 
-.PHONY: run test quick check env fix deps gpu-bench gpu-check clean help
+.PHONY: run test quick check env fix deps gpu-bench gpu-check page-check clean help
 
 run: env  ## the whole pipeline on params.yaml, to report/index.html
 	dvc repro
@@ -56,6 +56,10 @@ gpu-bench:  ## terms, fused head and an EAGLE-3 step on this machine's GPU, to b
 
 gpu-check: env  ## every stage on this machine's GPU with an 8 B-shaped random target, to benchmarks/gpu-check.md
 	python -m benchmarks.gpu_check
+
+page-check: env  ## our pages in headless Chromium with axe-core (asks for Node 20 and Chromium)
+	cd tests/browser && npm install --no-package-lock --no-audit --no-fund
+	pytest -n 0 tests/browser
 
 clean:  ## remove what stages left unfinished; outputs and DVC's cache stay
 	rm -rf .scratch quick

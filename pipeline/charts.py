@@ -1,7 +1,7 @@
 """Small SVG charts for a page that is light or dark, wide or narrow, on screen or on paper.
 
 Hand-made, because a chart here is a few lines and the page must follow the reader's colours: every
-colour is a CSS class (`s0` … `s6`, `axis`, `grid`), so that the style sheet alone decides it, and
+colour is a CSS class (`s0` … `s7`, `axis`, `grid`), so that the style sheet alone decides it, and
 text inherits the page's font. A series is told by colour, by marker and by dash (Okabe-Ito, safe
 for the colour-blind). A chart is 280 units wide, so that four stand beside each other and one
 fills a phone; its points carry a `<title>` each, its root a `role` and a label. Same input, same
@@ -18,7 +18,7 @@ from html import escape
 WIDTH, HEIGHT = 280, 204
 FOREST_WIDTH = 380
 LEFT, RIGHT, TOP, BOTTOM = 40, 10, 26, 38
-NUM_STYLES = 7  # colours of Okabe-Ito that stand out on white and on near-black
+NUM_STYLES = 8  # colours of Okabe-Ito that stand out on white and on near-black, and a grey
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def forest(title: str, bars: Sequence[Bar], *, x: str) -> str:
     for k, bar in enumerate(bars):
         y = TOP + row * (k + 0.5)
         parts.append(_text(left - 8, y + 4, bar.label, "row", "end"))
-        parts.append(f'<g class="s{bar.style}"><title>{escape(_bar_words(bar))}</title>')
+        parts.append(f'<g class="{_style(bar.style)}"><title>{escape(_bar_words(bar))}</title>')
         if bar.thin:
             parts.append(_line(across(bar.thin[0]), y, across(bar.thin[1]), y, "thin"))
         if bar.thick:
@@ -137,7 +137,7 @@ def swatch(style: int) -> str:
     body = _line(1, 7, 27, 7, "line") + _marker(style, 14, 7)
     return (
         f'<svg class="swatch" viewBox="0 0 28 14" width="28" height="14" aria-hidden="true">'
-        f'<g class="s{style}">{body}</g></svg>'
+        f'<g class="{_style(style)}">{body}</g></svg>'
     )
 
 
@@ -148,7 +148,7 @@ def _bar_words(bar: Bar) -> str:
 
 
 def _series(series: Series, across: "_Scale", up: "_Scale", *, joined: bool) -> str:
-    parts = [f'<g class="s{series.style}{" faint" if series.faint else ""}">']
+    parts = [f'<g class="{_style(series.style)}{" faint" if series.faint else ""}">']
     if joined:
         path = " ".join(f"{_n(across(px))},{_n(up(py))}" for px, py in series.points)
         parts.append(f'<polyline class="line" points="{path}"/>')
@@ -169,7 +169,7 @@ def _ends(series: Series, k: int) -> tuple[float, ...]:
 
 
 def _marker(style: int, x: float, y: float) -> str:
-    """Circle, square, diamond, triangle, triangle down, cross, plus."""
+    """Circle, square, diamond, triangle, triangle down, cross, plus, bow tie."""
     a, b = _n(x), _n(y)
     if style % NUM_STYLES == 0:
         return f'<circle class="mark" cx="{a}" cy="{b}" r="3.4"/>'
@@ -180,9 +180,15 @@ def _marker(style: int, x: float, y: float) -> str:
         "M0 4.2L4-3.1h-8z",
         "M-4-2.2L-2.2-4 0-1.8 2.2-4 4-2.2 1.8 0 4 2.2 2.2 4 0 1.8-2.2 4-4 2.2-1.8 0z",
         "M-1.3-4.3h2.6v3h3v2.6h-3v3h-2.6v-3h-3v-2.6h3z",
+        "M-4.2-3.6L4.2 3.6V-3.6L-4.2 3.6z",
     ]
     path = shapes[(style % NUM_STYLES) - 1]
     return f'<path class="mark" d="{path}" transform="translate({a} {b})"/>'
+
+
+def _style(style: int) -> str:
+    """The class of a series; a ninth looks like the first."""
+    return f"s{style % NUM_STYLES}"
 
 
 class _Scale:

@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 
 from pipeline.charts import Bar, Series, forest, lines
 from pipeline.findings import Comparison, Findings, Prediction, Tau, Where
+from pipeline.literature import BY_KIND, loss_of
 from pipeline.page import Cell, Column, Table
-from pipeline.results import ALL, Stratum
+from pipeline.results import ALL, Results, Stratum
 from pipeline.statistics import MIN_SEEDS, Interval
 
+MEAN = "mean"
 Curves = Mapping[tuple[str, str], Sequence[Mapping[str, float | None]]]
 """By draft and objective: rows of step, alpha, heldout_alpha, seeds averaged."""
 
@@ -34,11 +36,14 @@ def in_percent(interval: Interval) -> Interval:
 
 
 def tau_table(found: Findings, gamma: int) -> Table:
-    """τ of draft × objective (rows) by temperature × domain (columns), one γ."""
+    """τ of draft × objective (rows) by temperature × domain (columns), one γ.
+
+    The layout of the paper's Table 4, its unweighted mean over the sets included.
+    """
     rows = [t for t in found.tau if t.gamma == gamma]
-    domains = [ALL, *(found.domains if len(found.domains) > 1 else [])]
+    domains = [*found.domains, MEAN, ALL] if len(found.domains) > 1 else [ALL]
     columns = [Column("draft", "draft", merge=True), Column("objective", "objective")]
-    temperatures = sorted({t.temperature for t in rows}, reverse=True)
+    temperatures = sorted({t.temperature for t in rows})
     columns += [Column(f"T{t:g} {d}", d, group=law(t)) for t in temperatures for d in domains]
     lines_: dict[tuple[str, str], dict[str, Cell]] = {}
     for t in rows:
@@ -47,6 +52,12 @@ def tau_table(found: Findings, gamma: int) -> Table:
         )
         row[f"T{t.temperature:g} {t.domain}"] = t.tau
     ordered = list(lines_.values())
+    for row in ordered if MEAN in domains else []:
+        for t0 in temperatures:
+            sets = [row.get(f"T{t0:g} {domain}") for domain in found.domains]
+            taus = [cell.estimate for cell in sets if isinstance(cell, Interval)]
+            if len(taus) == len(sets):
+                row[f"T{t0:g} {MEAN}"] = sum(taus) / len(taus)
     return Table(
         f"τ at γ = {gamma}, by replay: draft and objective by temperature and domain",
         columns,
@@ -63,9 +74,9 @@ def _largest(
     for draft in {row["draft"] for row in rows}:
         for name in names:
             places = {
-                k: cell.estimate
+                k: cell.estimate if isinstance(cell, Interval) else float(cell)
                 for k, row in enumerate(rows)
-                if row["draft"] == draft and isinstance(cell := row.get(name), Interval)
+                if row["draft"] == draft and isinstance(cell := row.get(name), Interval | float)
             }
             if len(places) > 1:
                 strong.add((max(places, key=lambda k: places[k]), name))
@@ -137,6 +148,61 @@ def _difference_row(c: Comparison) -> dict[str, Cell]:
         "over_seeds_percent": in_percent(d.over_seeds) if d.over_seeds else over,
         "detectable_percent": 100 * d.detectable,
     }
+
+
+def paper_table(
+    results: Results,
+    found: Findings,
+    losses: Mapping[str, Mapping[str, object]],
+    *,
+    baseline: str,
+) -> list[Table]:
+    """Architecture × loss at the primary γ: τ, its difference to KL, and the paper's.
+
+    Nothing where the baseline is not KL, against which the paper's gains are.
+    """
+    if losses.get(baseline, {}).get("kind") != "kl":
+        return []
+    gamma, temperatures = found.gammas[0], sorted({t.temperature for t in found.tau})
+    kinds = {arm.draft: arm.kind for arm in results.arms}
+    differences = {
+        (c.draft, c.objective, c.temperature): c.difference for c in found.overall(gamma)
+    }
+    rows: dict[tuple[str, str], dict[str, Cell]] = {}
+    for t in found.tau:
+        if t.gamma != gamma or t.domain != ALL:
+            continue
+        published = BY_KIND.get(kinds[t.draft])
+        row = rows.setdefault(
+            (t.draft, t.objective),
+            {
+                "draft": t.draft,
+                "objective": t.objective,
+                "speaks": "baseline" if t.objective == baseline else None,
+                "published": published.name if published else None,
+            },
+        )
+        name, loss = f"T{t.temperature:g}", loss_of(losses.get(t.objective, {}))
+        row[f"{name} tau"] = t.tau
+        if t.objective == baseline:
+            continue
+        difference = differences.get((t.draft, t.objective, t.temperature))
+        if difference is not None:
+            row[f"{name} percent"] = in_percent(difference.verdict)
+            row["speaks"] = "seeds" if difference.over_seeds else "these drafts"
+        gain = published.gain(loss, t.temperature) if published else None
+        row[f"{name} paper_percent"] = None if gain is None else 100 * gain
+    columns = [Column("draft", "draft", merge=True), Column("objective", "objective")]
+    for temperature in temperatures:
+        name, group = f"T{temperature:g}", law(temperature)
+        columns += [
+            Column(f"{name} tau", "τ", group=group),
+            Column(f"{name} percent", f"against {baseline}, %", group=group, signed=True),
+            Column(f"{name} paper_percent", "paper, %", digits=1, group=group, signed=True),
+        ]
+    columns += [Column("speaks", "interval of"), Column("published", "the paper’s draft")]
+    caption = f"Architecture and loss at γ = {gamma}, all domains, beside the gains of the paper"
+    return [Table(caption, columns, list(rows.values()))]
 
 
 def alpha_table(found: Findings) -> Table:

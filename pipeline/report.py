@@ -20,6 +20,7 @@ from pipeline.exhibits import (
     forest_charts,
     gamma_charts,
     law,
+    paper_table,
     predicted_chart,
     predicted_table,
     strata_charts,
@@ -60,6 +61,8 @@ class Records:
     traces: Mapping[str, Sequence[Json]] = field(default_factory=dict)
     """By arm: decoded prompts round by round (`pipeline.trace`)."""
     params: Json = field(default_factory=dict)
+    losses: Mapping[str, Json] = field(default_factory=dict)
+    """Section `losses` of the parameters: what an objective's name stands for."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ def _tables(
     return {
         "tau": [tau_table(found, gamma) for gamma in found.gammas],
         "differences": _difference_tables(found, config),
+        "paper": paper_table(results, found, records.losses, baseline=config.baseline),
         "blocks": _block_tables(found),
         "alpha": [alpha_table(found)],
         "predicted": [predicted_table(found)],
@@ -154,7 +158,19 @@ def _content(
         "agreement": agreement_words(found),
         "sharpen": records.target.get("sharpen"),
         "facts": facts(records.target, records.cache, records.metrics, records.params),
+        "objectives": objective_words(results, records.losses),
     }
+
+
+def objective_words(results: Results, losses: Mapping[str, Json]) -> list[tuple[str, str]]:
+    """What each objective's name stands for: its kind and its settings."""
+    words = []
+    for name in results.objectives():
+        section = losses.get(name, {})
+        settings = [f"{key} {value}" for key, value in section.items() if key != "kind"]
+        if section:
+            words.append((name, ", ".join([str(section["kind"]), *settings])))
+    return words
 
 
 def _difference_tables(found: Findings, config: ReportConfig) -> list[Table]:

@@ -12,7 +12,11 @@ difference exp(·) − 1. Two intervals, never mixed:
     What would other prompts of the same domains say of these very drafts? BCa bootstrap by prompt
     (`scipy.stats.bootstrap`), stratified by domain, all comparisons on the same resamples. Made
     simultaneous by max-T: the pointwise level is raised until the largest standardised deviation
-    of the family lies inside at the stated confidence.
+    of the family lies inside at the stated confidence. A bootstrap takes its own spread for the
+    truth, so that a few long answers which carry most of it make the ends too near; the level is
+    raised as Student's t is wider than the normal law, with as many degrees of freedom as the
+    kurtosis of the prompts' influence leaves (Satterthwaite's; `_freedom`). benchmarks/coverage.md
+    counts what the intervals hold.
 
 *over seeds*
     What would other seeds and other prompts say of the objective? With seed s and prompts crossed,
@@ -144,7 +148,7 @@ class Bootstrap:
 
     def interval(self, confidence: float) -> tuple[Floats, Floats]:
         """BCa ends of every contrast, not simultaneous: lo [Q], hi [Q]."""
-        ends = self._run(confidence, self._result).confidence_interval
+        ends = self._run(self.students(confidence), self._result).confidence_interval
         still = self.error <= 1e-12 * np.maximum(1.0, np.abs(self.estimate))  # BCa is nan there
         lo = np.where(still, self.estimate, np.asarray(ends.low))
         return lo, np.where(still, self.estimate, np.asarray(ends.high))
@@ -160,6 +164,15 @@ class Bootstrap:
         largest_R = (deviation_QR / self.error[moving, None]).max(axis=0)
         point = np.quantile(largest_R, confidence)
         return max(confidence, float(2 * ndtr(point) - 1))
+
+    def students(self, confidence: float) -> float:
+        """The level at which normal ends lie where Student's would (module docstring)."""
+        from scipy.special import ndtr, stdtrit
+
+        influence_QN = self._contrasts_QC @ _influence(self._panel)
+        freedom, stretch = _freedom(influence_QN, _strata(self._panel.strata))
+        point = stretch * stdtrit(freedom, (1 + confidence) / 2)
+        return float(min(2 * ndtr(point) - 1, 1 - 2 / self._resamples))
 
     def _run(self, confidence: float, before: Any) -> Any:
         from scipy.stats import bootstrap
@@ -190,6 +203,35 @@ class Bootstrap:
         logs = _log_ratio(self._panel.tokens @ counts_NR, self._panel.rounds @ counts_NR)
         values: Floats = (self._contrasts_QC @ logs).reshape(-1, *index.shape[:-1])
         return values
+
+
+def _influence(panel: Panel) -> Floats:
+    """[C, N]: what each prompt adds to log τ, to first order."""
+    with np.errstate(divide="ignore", invalid="ignore"):  # a column without prompts is nan
+        share_of_tokens = panel.tokens / panel.tokens.sum(axis=1, keepdims=True)
+        share_of_rounds = panel.rounds / panel.rounds.sum(axis=1, keepdims=True)
+    influence: Floats = share_of_tokens - share_of_rounds
+    return influence
+
+
+def _freedom(influence_QN: Floats, strata: Sequence[NDArray[np.int64]]) -> tuple[float, float]:
+    """Degrees of freedom of the bootstrap's variance, the fewest of Q, and by what it falls short.
+
+    V = Σ_d Σ_n u² of influences centred in their domain d has the variance Σ_d n_d (m4 − m2²);
+    freedom is 2 V² / Var V. Each domain's part is short of unbiased by (n_d − 1) / n_d.
+    """
+    total, unbiased, spread = (np.zeros(len(influence_QN)) for _ in range(3))
+    for index in strata:
+        u_QN = influence_QN[:, index] - influence_QN[:, index].mean(axis=1, keepdims=True)
+        squares, size = (u_QN**2).sum(axis=1), len(index)
+        total += squares
+        unbiased += squares * size / max(1, size - 1)
+        spread += (u_QN**4).sum(axis=1) - squares**2 / size
+    moving = (total > 1e-24) & (spread > 0)  # an arm against itself, or a domain that is not there
+    if not moving.any():
+        return np.inf, 1.0
+    freedom = (2 * total[moving] ** 2 / spread[moving]).min()
+    return max(1.0, float(freedom)), float(np.sqrt((unbiased[moving] / total[moving]).max()))
 
 
 def _strata(strata_N: NDArray[Any]) -> tuple[NDArray[np.int64], ...]:
@@ -238,7 +280,7 @@ def compare(
                 (float(lo[k]), float(hi[k])),
                 error=float(boot.error[k]),
                 prompts=int(used.sum()),
-                level=level,
+                level=boot.students(level),
                 seeds_level=1 - (1 - confidence) / max(1, family),
             )
         )
@@ -347,9 +389,13 @@ def verdict(difference: Difference, *, objective: str, baseline: str, temperatur
             f"[{100 * low:.{digits}f}, {100 * high:.{digits}f}] "
             f"{'longer' if shown.estimate > 0 else 'shorter'} than {baseline} {where}"
         )
+    where, limit = f"{where} that", f"{difference.prompts} prompts"
+    if difference.over_seeds is not None and difference.these_seeds.decided:
+        # more prompts would not help: the trained drafts do differ, but so do their seeds
+        where, limit = f"at T = {temperature:g} that", f"{difference.seeds} seeds"
     return (
-        f"no difference between {objective} and {baseline} {where} that "
-        f"{difference.prompts} prompts can show: {percent(shown.estimate, digits=digits)} % "
+        f"no difference between {objective} and {baseline} {where} "
+        f"{limit} can show: {percent(shown.estimate, digits=digits)} % "
         f"[{percent(shown.lo, digits=digits)}, {percent(shown.hi, digits=digits)}]; "
         f"one of {100 * difference.detectable:.1f} % would probably have shown"
     )

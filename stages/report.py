@@ -9,6 +9,7 @@ themselves; writes `report/` and the DVC metric `metrics/report.json`. Torch-fre
 import csv
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import load
 from pipeline.exhibits import Curves
@@ -61,6 +62,7 @@ def _records(arms: Sequence[Arm], config: ReportConfig) -> Records:
             if path.is_file()
         },
         params={"report": config.model_dump()},
+        losses=load("losses", dict[str, dict[str, Any]]),
     )
 
 

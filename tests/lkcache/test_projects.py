@@ -43,7 +43,7 @@ def test_use_says_what_changed(project: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_an_unknown_preset_lists_those_there_are(project: Path) -> None:
-    with pytest.raises(ConfigError, match="preset 'tiny'; expected one of embedded, full, smoke"):
+    with pytest.raises(ConfigError, match="preset 'tiny'; expected one of ablation, embedded"):
         compose(project / "presets", "tiny")
 
 

@@ -32,6 +32,13 @@ CERTIFIED = {
     "error_slack": 0.0061,
     "covered": 1.0,
 }
+LOSSES: Mapping[str, Mapping[str, Any]] = {
+    "kl": {"kind": "kl"},
+    "tv": {"kind": "tv"},
+    "lk_alpha": {"kind": "lk_alpha"},
+    "lk_lambda": {"kind": "lk_lambda", "eta": 3.0},
+    "lk_lambda_eta10": {"kind": "lk_lambda", "eta": 10.0},
+}
 DOMAINS = ("code", "maths", "prose")
 
 
@@ -262,11 +269,15 @@ def _write_curve(path: Path, arm: Arm) -> None:
 
 
 def write_params(root: Path, world: World, **over: Any) -> None:
-    """Sections `report` and `arms` of params.yaml."""
+    """Sections `report`, `arms` and `losses` of params.yaml."""
     from ruamel.yaml import YAML
 
     report = {"baseline": "kl", "gammas": [4, 7], "confidence": 0.95, "resamples": 2000, "seed": 0}
-    params = {"report": report | over, "arms": {a.key: a.model_dump() for a in world.arms()}}
+    params = {
+        "report": report | over,
+        "arms": {a.key: a.model_dump() for a in world.arms()},
+        "losses": LOSSES,
+    }
     with (root / "params.yaml").open("w", encoding="utf-8") as file:
         YAML(typ="safe", pure=True).dump(params, file)
 

@@ -58,5 +58,5 @@ def test_nothing_to_draw_is_no_chart() -> None:
 
 
 def test_every_style_has_its_own_marker() -> None:
-    shapes = [re.sub(r's\d"', "", swatch(k)) for k in range(7)]
-    assert len(set(shapes)) == 7
+    shapes = [re.sub(r's\d"', "", swatch(k)) for k in range(8)]
+    assert len(set(shapes)) == 8

@@ -17,7 +17,7 @@ from pipeline.report import Records, Report, build
 from pipeline.results import Results, read_results
 from pipeline.statistics import Interval
 from storage.workspace import read_json
-from tests.pipeline.synthetic import World, write_records, write_results
+from tests.pipeline.synthetic import LOSSES, World, write_records, write_results
 
 WORLD = World(
     prompts=30,
@@ -46,6 +46,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         },
         curves={("lm", "kl"): [{"step": 1.0, "alpha": 0.5, "heldout_alpha": None}]},
         params={"report": CONFIG.model_dump()},
+        losses=LOSSES,
     )
     return results, find(results, CONFIG), records
 
@@ -148,7 +149,7 @@ def test_contrast_meets_wcag(report: Report, scheme: str) -> None:
         return (high + 0.05) / (low + 0.05)
 
     assert min(ratio(name) for name in ("ink", "soft", "link")) >= 4.5
-    assert min(ratio(f"c{k}") for k in range(7)) >= 3
+    assert min(ratio(f"c{k}") for k in range(8)) >= 3
     assert min(ratio(name) for name in ("good", "bad")) >= 3
 
 
@@ -313,6 +314,46 @@ def test_page_csv_and_metric_tell_the_same_number(report: Report) -> None:
     shown = f"{float(row['difference_percent']):+.2f}"
     assert shown in report.files["differences.md"]
     assert shown in report.files["index.html"]
+
+
+def test_tau_table_has_the_columns_of_the_paper(report: Report) -> None:
+    """T = 0 before T = 1, each with its sets, their plain mean, and the pooled figure."""
+    header = report.files["tau.md"].splitlines()[2]
+    sets = ("code", "maths", "prose", "mean", "all")
+    wanted = [f"T = {t} {name}" for t in (0, 1) for name in sets]
+    assert [cell.strip() for cell in header.strip("| ").split("|")] == [
+        "draft",
+        "objective",
+        *wanted,
+    ]
+    row = report.files["tau.md"].splitlines()[4].replace("*", "").strip("| ").split("|")
+    taus = [float(cell.split()[0]) for cell in row[2:6]]
+    assert taus[3] == pytest.approx(sum(taus[:3]) / 3, abs=0.011)
+
+
+def test_gains_stand_beside_the_paper_s_of_the_same_loss(report: Report) -> None:
+    rows = list(csv.DictReader(io.StringIO(report.files["paper.csv"])))
+    found = {(r["draft"], r["objective"]): r for r in rows}
+    assert float(found["medusa", "kl"]["T1 tau"]) > 1
+    assert found["medusa", "kl"]["T1 paper_percent"] == ""
+    assert found["medusa", "tv"]["T1 paper_percent"] == ""  # the paper trains no such arm
+    assert float(found["lm", "lk_lambda"]["T1 paper_percent"]) == pytest.approx(3.8, abs=0.1)
+    own = report.metrics["lm"]["lk_lambda"]["T1"]
+    assert float(found["lm", "lk_lambda"]["T1 percent"]) == pytest.approx(
+        own["difference_percent"], rel=1e-3
+    )
+    assert float(found["lm", "lk_lambda"]["T1 percent_lo"]) == pytest.approx(
+        own["difference_percent_lo"], rel=1e-3
+    )
+    assert "lk_lambda: lk_lambda, eta 3.0" in report.files["index.html"]
+
+
+def test_gains_against_another_loss_than_kl_stand_beside_nothing(built: Built) -> None:
+    results, _, records = built
+    turned = CONFIG.model_copy(update={"baseline": "tv"})
+    made = build(results, find(results, turned), turned, records=records)
+    assert "paper.md" not in made.files
+    assert 'id="paper"' not in made.files["index.html"]
 
 
 def test_csv_of_tau_has_every_gamma_and_domain(report: Report) -> None:

@@ -1,7 +1,10 @@
 """Intervals cover, families hold together, verdicts say what the interval says."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from scipy.special import ndtr
 
 from pipeline.statistics import (
     Bootstrap,
@@ -125,6 +128,25 @@ def test_resampling_keeps_the_size_of_each_domain() -> None:
     assert Bootstrap(mixed, np.eye(1), resamples=300, seed=0).error[0] < 1e-9
 
 
+def test_ends_are_raised_as_students_t_with_the_kurtosis_of_the_prompts() -> None:
+    """Equal influences up to sign: V's own variance is nil but for centring; one heavy prompt: a
+    degree of freedom or two."""
+    even = panel(np.tile([[20.0, 21.0]], (2, 30)) * np.array([[1.0], [1.0]]))
+    even.rounds[0] = np.tile([20.0, 21.0], 30)
+    even.rounds[1] = np.tile([21.0, 20.0], 30)
+    contrast = np.array([[1.0, -1.0]])
+    calm = Bootstrap(even, contrast, resamples=4000, seed=0)
+    # two values, half the prompts each: all that is left is the stretch by n / (n - 1)
+    assert calm.students(0.95) == pytest.approx(2 * ndtr(1.95996 * np.sqrt(60 / 59)) - 1, abs=1e-5)
+    rng = np.random.default_rng(3)
+    normal = panel(np.exp(rng.normal(3, 0.1, (2, 60))))
+    level = Bootstrap(normal, contrast, resamples=4000, seed=0).students(0.95)
+    # kurtosis 3: 2 V² / Var V = n, so about t of 60 degrees
+    assert level == pytest.approx(2 * ndtr(2.0003 * np.sqrt(60 / 59)) - 1, abs=0.004)
+    normal.rounds[0, 0] *= 40
+    assert Bootstrap(normal, contrast, resamples=4000, seed=0).students(0.95) > 0.99
+
+
 def test_a_family_widens_its_intervals_and_copies_do_not() -> None:
     rng = np.random.default_rng(2)
     rounds = rng.uniform(10, 30, (13, 80))
@@ -216,6 +238,13 @@ def made_up(estimate: float, lo: float, hi: float, *, seeds: int = 3) -> Differe
             (
                 "no difference between lk_lambda and kl at T = 1 over 3 seeds that 256 prompts can "
                 "show: +0.2 % [−0.8, +1.2]; one of 1.2 % would probably have shown"
+            ),
+        ),
+        (
+            replace(made_up(0.02, -0.01, 0.05), these_seeds=Interval(0.02, 0.01, 0.03)),
+            (
+                "no difference between lk_lambda and kl at T = 1 that 3 seeds can show: "
+                "+2.0 % [−1.0, +5.0]; one of 1.2 % would probably have shown"
             ),
         ),
         (
