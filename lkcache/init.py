@@ -2,15 +2,21 @@
 
 import shutil
 from pathlib import Path
+from typing import Annotated
 
-from lkcache.presets import compose, dump
+from typer import Argument, Option
+
+from lkcache.presets import BASE, compose, dump
 from lkcache.project import SHIPPED, STAMP, installed, source
 from storage.errors import WorkspaceError
 
 DVC_CONFIG = Path(".dvc", "config")
 
 
-def init(folder: Path, preset: str = "embedded") -> None:
+def init(
+    folder: Annotated[Path, Argument(help="A new or an empty folder.")],
+    preset: Annotated[str, Option(help="One of presets/.")] = BASE,
+) -> None:
     """Copy the stages and their code into FOLDER and write its params.yaml from a preset.
 
     FOLDER must not exist or be empty. The new project keeps DVC's records without git

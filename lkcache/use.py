@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from typer import Argument
 
 from lkcache.presets import changes, compose, dump
 from pipeline.config import PARAMS, read_params
 
 
-def use(preset: str) -> None:
+def use(preset: Annotated[str, Argument(help="A file of presets/, without .yaml.")]) -> None:
     """Write params.yaml from presets/PRESET.yaml; prints every parameter that changed."""
     old = read_params() if PARAMS.exists() else {}
     params = compose(Path("presets"), preset)

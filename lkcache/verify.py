@@ -1,9 +1,11 @@
 """`lkcache verify CACHE`: re-hash every file and check the structure of every part."""
 
 from pathlib import Path
+from typing import Annotated
 
 from rich.console import Console
 from rich.text import Text
+from typer import Argument
 
 from storage.manifest import read_manifest
 from storage.verify import check_cache
@@ -11,7 +13,7 @@ from storage.verify import check_cache
 EXIT_DAMAGED = 1
 
 
-def verify(cache: Path) -> int:
+def verify(cache: Annotated[Path, Argument(help="A cache's folder.")]) -> int:
     """Print what is wrong with CACHE; exits with 1 where anything is."""
     manifest = read_manifest(cache)
     console = Console()
