@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PATH := $(BIN):$(PATH)
 
-.PHONY: run test quick check env fix deps gpu-bench gpu-check page-check clean help
+.PHONY: run test quick check env fix deps docs dist gpu-bench gpu-check page-check clean help
 
 run: env  ## the whole pipeline on params.yaml, to report/index.html
 	dvc repro
@@ -46,8 +46,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	  "torch==2.13.0" --editable ".[pipeline,fast,s3,dev]"
 	@touch $@
 
-deps: env  ## write every stage's import closure into dvc.yaml
+deps: env  ## write every stage's import closure into dvc.yaml, and docs/reference/
 	python -m tests.house.closure
+	python -m tests.house.reference
+
+docs: env  ## the pages under docs/ as a site, to site/index.html; warnings are errors
+	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict
+
+dist: env  ## wheel and sdist, to dist/; the version is the tag's
+	python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
 
 # needs torch, triton, transformers and pydantic alone: any environment of a GPU box has them
 gpu-bench:  ## terms, fused head and an EAGLE-3 step on this machine's GPU, to benchmarks/*-gpu.md

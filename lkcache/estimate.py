@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -10,14 +10,17 @@ from rich.text import Text
 from typer import Option
 
 from lkcache.words import duration, num_bytes
+from pipeline.budget import training
 from pipeline.config import read_params
-from pipeline.estimate import Line, reductions
+from pipeline.estimate import Line, reductions, target_shape
 from pipeline.estimate import estimate as lines_of
 from storage.errors import ConfigError
 
 # 2 cores of a laptop reach 0.15 TFLOP/s in fp32 (measured on the embedded target's training)
 LAPTOP_TFLOPS = 0.15
 EXIT_TOO_SMALL = 2
+REDUCTIONS = 3
+BLOCKS = ("starts", "arms")
 
 
 def estimate(
@@ -47,8 +50,8 @@ def estimate(
     params = read_params()
     _check(params)
     lines = lines_of(params, tflops=tflops)
-    if dry_run:
-        lines = _measured(lines)
+    lines = _measured(lines) if dry_run else lines
+    lines += _hours(params, lines, tflops)
     table = Table(title=f"capture in mode {params['capture']['mode']}, by params.yaml")
     for column in ("what", "how much", "label"):
         table.add_column(column, justify="right" if column == "how much" else "left")
@@ -71,6 +74,8 @@ def estimate(
             f"room for the cache ({num_bytes(need)} of {num_bytes(free)} free) but not for DVC's "
             "copy beside it: `dvc config cache.type reflink,hardlink,copy` avoids one"
         )
+    savings = [f"{num_bytes(line.value)} by {line.what}" for line in reductions(params)]
+    console.print(Text(f"what would save most: {'; '.join(savings[:REDUCTIONS])}"))
     return 0
 
 
@@ -95,8 +100,25 @@ def _measured(lines: list[Line]) -> list[Line]:
     return [*twice[:3], *found, *twice[3:]]
 
 
+def _hours(params: dict[str, Any], lines: list[Line], tflops: float) -> list[Line]:
+    """GPU-hours beside capture's: generating, about as much again, and training."""
+    shape = target_shape(params)
+    tokens, label = next((line.value, line.label) for line in lines if line.what == "tokens, train")
+    forward = next(line.value for line in lines if line.unit == "h")
+    found = [Line("generating, about as much again by a good engine", forward, "h", label)]
+    costs = training(
+        params, vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, tokens=int(tokens)
+    )
+    for draft, operations in costs:
+        hours = operations / (tflops * 1e12) / 3600
+        found.append(Line(f"training {draft}, all its losses and seeds", hours, "h", label))
+    total = forward + sum(line.value for line in found)
+    return [*found, Line("all of it, evaluation apart", total, "h", label)]
+
+
 def _check(params: dict[str, object]) -> None:
-    for section in ("target", "prepare", "generate", "capture"):
+    needed = ("target", "prepare", "generate", "capture", "warmup", "train", "drafts", *BLOCKS)
+    for section in needed:
         if not isinstance(params.get(section), dict):
             raise ConfigError(
                 found=f"params.yaml has no section {section}",

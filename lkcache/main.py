@@ -1,8 +1,9 @@
 """The command `lkcache`: a table of verbs, each a file and a function of the same name.
 
 A verb's module is imported when that verb runs, so that `--help` and the light verbs start without
-what the heavy ones need. A `LkcacheError` is printed as its sentence, without a traceback, and
-exits with 2; a verb may return an exit code of its own.
+what the heavy ones need; `storage` and `pipeline`, of which each project has its own, only after
+`lkcache.project` has found them. A `LkcacheError` is printed as its sentence, without a traceback,
+and exits with 2; a verb may return an exit code of its own.
 """
 
 import sys
@@ -10,11 +11,11 @@ from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
 from inspect import cleandoc
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from storage.errors import LkcacheError
+from lkcache.project import activate, installed
 
 EXIT_MENDABLE = 2
 
@@ -35,13 +36,14 @@ VERBS = {
 
 def main() -> None:
     """Run the verb that the command line names."""
+    activate()
     app = typer.Typer(
         help="The offline logits cache for speculative-decoding drafts.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    app.callback()(_no_options)  # a group, even while a single verb is loaded
+    app.callback()(_group)  # a group, even while a single verb is loaded
     called = sys.argv[1] if len(sys.argv) > 1 else ""
     if called in VERBS:
         function = _load(called)
@@ -62,8 +64,25 @@ def _no_options() -> None:
     """Stand in where only names and summaries are listed."""
 
 
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(f"lkcache {installed()}")
+        raise typer.Exit
+
+
+def _group(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", is_eager=True, callback=_say_version),
+    ] = False,
+) -> None:
+    """Options before a verb."""
+
+
 def _load(verb: str) -> Callable[..., None]:
     """The verb's function, its errors turned into sentences and its result into an exit code."""
+    from storage.errors import LkcacheError
+
     function: Callable[..., Any] = getattr(import_module(f"lkcache.{verb}"), verb)
 
     @wraps(function)

@@ -1,12 +1,18 @@
 """`lkcache matrix ROW ...`: write the cells of `params.yaml` from lists."""
 
+from typing import Annotated
+
+from typer import Argument
+
 from lkcache.presets import dump, write_cells, yaml
 from pipeline.config import PARAMS
 from pipeline.matrix import Export
 from storage.errors import ConfigError
 
 
-def matrix(rows: list[str]) -> None:
+def matrix(
+    rows: Annotated[list[str], Argument(help="DRAFT:SEEDS:OBJECTIVES, such as lm:0,1,2:kl,tv.")],
+) -> None:
     """Write `starts` and `arms` from rows like `lm:0,1,2:kl,tv,lk_lambda`; exports are kept.
 
     An export of an arm that is no longer in the matrix is dropped, and said so.

@@ -2,9 +2,9 @@
 
 `presets/embedded.yaml` is a whole parameter file; every other preset is laid over it: mappings are
 merged key by key, except where `kind` differs (another source, another target), which replaces the
-mapping. Two keys are not sections: `matrix` (draft -> seeds and objectives) writes `starts` and
-`arms`, and `exports` (arm -> format, or a list of them) writes the export cells. Torch-free; keeps
-comments.
+mapping, and a draft or loss that is `null`, which is removed. Two keys are not sections: `matrix`
+(draft -> seeds and objectives) writes `starts` and `arms`, and `exports` (arm -> format, or a list
+of them) writes the export cells. Torch-free; keeps comments.
 """
 
 from collections.abc import Iterable, Mapping
@@ -38,6 +38,9 @@ def compose(folder: Path, preset: str) -> CommentedMap:
     overlay = yaml().load(folder / f"{preset}.yaml")
     matrix, exports = overlay.pop("matrix", None), overlay.pop("exports", None)
     _lay_over(params, overlay)
+    for section in ("drafts", "losses"):
+        for name in [name for name, entry in params[section].items() if entry is None]:
+            del params[section][name]
     if matrix is not None:
         write_cells(params, matrix, exports or {})
     params.yaml_set_start_comment(

@@ -5,6 +5,7 @@ holds, the stage that opens it checks.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pipeline import draft, loss
@@ -18,7 +19,7 @@ from pipeline.export import ExportConfig, find_format
 from pipeline.findings import ReportConfig
 from pipeline.generate import GenerateConfig
 from pipeline.matrix import Arm, Export, Start, check_matrix
-from pipeline.pin import TargetConfig
+from pipeline.pin import PretrainedConfig, TargetConfig
 from pipeline.prompts import SETS, PrepareConfig
 from pipeline.setting import Setting
 from pipeline.sources import StdlibSource, check_source, require_file
@@ -127,6 +128,7 @@ def _check_target(sections: Mapping[str, Any]) -> None:
     """What the embedded target's shape allows; a pretrained one is checked where it is opened."""
     target, generate, capture = (sections[name] for name in ("target", "generate", "capture"))
     if not isinstance(target, EmbeddedConfig):
+        _check_revision(target)
         return
     longest = generate.max_prompt_tokens + generate.max_new_tokens
     if longest > target.context_tokens:
@@ -143,6 +145,16 @@ def _check_target(sections: Mapping[str, Any]) -> None:
                 "layer is normed and is capture.last_hidden",
                 todo="correct capture.hidden_layers",
             )
+
+
+def _check_revision(target: PretrainedConfig) -> None:
+    """A preset cannot know the commit; without one nothing is worth starting."""
+    if target.revision is None and not Path(target.model).is_dir():
+        raise ConfigError(
+            found=f"{PARAMS}: target.revision is null for {target.model}, which is no folder here",
+            expected="the commit of the hub repository, 40 hex digits, since a branch can move",
+            todo="set target.revision to the commit that its page shows, or name a local folder",
+        )
 
 
 def _check_report(sections: Mapping[str, Any], params: Mapping[str, Any]) -> None:

@@ -56,10 +56,18 @@ class TargetShape:
     hidden_size: int
     num_layers: int
     intermediate_size: int
+    whole_parameters: float | None = None
+    """Of all experts; None: the dense formula."""
+    active_parameters: float | None = None
 
     @property
     def num_parameters(self) -> float:
-        """Weights of a dense decoder: 4 D² attention + 3 D·F feed-forward a layer + embedding."""
+        """Weights that a token meets: as stated, else those of a dense decoder.
+
+        4 D² attention + 3 D·F feed-forward a layer + embedding.
+        """
+        if self.active_parameters is not None:
+            return self.active_parameters
         layer = 4 * self.hidden_size**2 + 3 * self.hidden_size * self.intermediate_size
         return float(self.num_layers * layer + self.vocab_size * self.hidden_size)
 
@@ -72,15 +80,29 @@ def target_shape(params: Mapping[str, Any]) -> TargetShape:
     else:
         path = Path(section["model"]) / "config.json"
         if not path.is_file():
-            raise ConfigError(
-                found=f"no {path}",
-                expected="a local target folder, whose config.json tells its shape",
-                todo="download the target first, or estimate with a local copy of its config",
-            )
+            return _stated_shape(section.get("shape"), path)
         config = read_json(path)
         config = config.get("text_config", config)
         values = {**config, "num_layers": config["num_hidden_layers"]}
-    return TargetShape(**{key: int(values[key]) for key in TargetShape.__dataclass_fields__})
+    return TargetShape(**{key: int(values[key]) for key in _SIZES})
+
+
+_SIZES = ("vocab_size", "hidden_size", "num_layers", "intermediate_size")
+
+
+def _stated_shape(shape: Mapping[str, Any] | None, path: Path) -> TargetShape:
+    """`target.shape`, for a target that is not here."""
+    if shape is None:
+        raise ConfigError(
+            found=f"no {path}",
+            expected="a local target folder, whose config.json tells its shape, or target.shape",
+            todo="download the target first, or state target.shape as the presets do",
+        )
+    return TargetShape(
+        **{key: int(shape[key]) for key in _SIZES},
+        whole_parameters=float(shape["num_parameters"]),
+        active_parameters=float(shape["active_parameters"]),
+    )
 
 
 def token_counts(params: Mapping[str, Any], root: Path) -> tuple[dict[str, int], str]:
@@ -224,6 +246,9 @@ def estimate(params: Mapping[str, Any], *, tflops: float, root: Path = Path()) -
         lines.append(
             Line("free disk of LKCACHE_SCRATCH, which holds the work", free, "B", "measured")
         )
+    if shape.whole_parameters is not None:
+        weights = 2 * shape.whole_parameters
+        lines.append(Line("the target's weights in bfloat16, beside it", weights, "B", "assumed"))
     seconds = 2 * shape.num_parameters * tokens / (tflops * 1e12)
     lines.append(Line(f"forward pass at {tflops:g} TFLOP/s", seconds / 3600, "h", label))
     cache = root / "cache"

@@ -38,7 +38,7 @@ from pipeline.target import (
     snapshot,
 )
 from storage.errors import TargetError
-from storage.workspace import digest, file_digest, write_json
+from storage.workspace import digest, file_digest, read_json, write_json
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 PROBE_TOKENS = 8
@@ -54,6 +54,20 @@ MTP_PREFIXES = {
 }
 
 
+class ShapeConfig(Strict):
+    """A model's shape, so that `lkcache estimate` needs neither the model nor a network."""
+
+    vocab_size: Annotated[int, Field(ge=2)]
+    hidden_size: Annotated[int, Field(ge=1)]
+    num_layers: Annotated[int, Field(ge=1)]
+    intermediate_size: Annotated[int, Field(ge=1)]
+    """Of a dense layer, or of one expert; estimates use the two below instead."""
+    num_parameters: Annotated[float, Field(gt=0)]
+    """Of the whole model, in bytes half of what its bfloat16 files take."""
+    active_parameters: Annotated[float, Field(gt=0)]
+    """That a token is multiplied by: fewer in a mixture of experts."""
+
+
 class PretrainedConfig(Strict):
     """Section `target` for a model that exists: a local folder or a hub id."""
 
@@ -64,6 +78,8 @@ class PretrainedConfig(Strict):
     dtype: DType
     trust_remote_code: bool
     threads: Annotated[int, Field(ge=1)]
+    shape: ShapeConfig | None = None
+    """What `lkcache estimate` goes by until the model is here, which is then held against it."""
 
 
 TargetConfig = Annotated[EmbeddedConfig | PretrainedConfig, Field(discriminator="kind")]
@@ -82,7 +98,31 @@ class Origin:
 
 
 def find_pretrained(config: PretrainedConfig) -> Path:
-    """The local files of a pretrained target; a hub repository is fetched at its commit."""
+    """The local files of a pretrained target; a hub repository is fetched at its commit.
+
+    `TargetError` where its config.json contradicts `target.shape`.
+    """
+    home = _find(config)
+    if config.shape is not None and (home / "config.json").is_file():
+        _check_shape(config.shape, home / "config.json")
+    return home
+
+
+def _check_shape(shape: ShapeConfig, path: Path) -> None:
+    stated = read_json(path)
+    stated = stated.get("text_config", stated)
+    names = {"num_layers": "num_hidden_layers"}
+    for field in ("vocab_size", "hidden_size", "num_layers"):
+        ours, theirs = getattr(shape, field), stated.get(names.get(field, field))
+        if theirs is not None and theirs != ours:
+            raise TargetError(
+                found=f"target.shape.{field} {ours}",
+                expected=f"{theirs}, as {path} has it",
+                todo=f"correct target.shape.{field} in params.yaml, or target.model",
+            )
+
+
+def _find(config: PretrainedConfig) -> Path:
     home = Path(config.model)
     if home.is_dir():
         if config.revision is not None:

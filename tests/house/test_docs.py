@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from lkcache.estimate import estimate
 from lkcache.presets import compose, dump, names
+from lkcache.use import to_do
 from pipeline.check import check_params
 from pipeline.config import read_params
+from storage.errors import ConfigError
 
 PRESETS = Path("presets")
 
@@ -30,10 +33,46 @@ def test_params_are_the_embedded_preset() -> None:
 
 
 @pytest.mark.parametrize("preset", names(PRESETS))
-def test_preset_composes_to_good_parameters(preset: str, tmp_path: Path) -> None:
+def test_preset_composes_to_good_parameters(
+    preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two things are the user's: the prompts, and the commit of a target on the hub."""
     path = tmp_path / "params.yaml"
     dump(compose(PRESETS, preset), path)
-    check_params(read_params(path))
+    params = read_params(path)
+    monkeypatch.chdir(tmp_path)
+    left = to_do(params)
+    if params["target"]["kind"] == "pretrained":
+        assert left[0].startswith(
+            f"set target.revision to the commit of {params['target']['model']}"
+        )
+        with pytest.raises(
+            ConfigError, match=r"target.revision is null for .*, which is no folder"
+        ):
+            check_params(params)
+        params["target"]["revision"] = "0" * 40
+    if params["prepare"]["source"]["kind"] == "jsonl":
+        assert left[-1] == "put your prompts into prompts.jsonl, which prepare.source names"
+        Path("prompts.jsonl").touch()
+    assert not to_do(params)
+    check_params(params)
+
+
+@pytest.mark.parametrize("preset", names(PRESETS))
+def test_preset_is_estimated_without_network_or_model(
+    preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dump(compose(PRESETS, preset), tmp_path / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr("socket.socket.connect", None)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10**15}))
+    assert estimate(tflops=400) == 0
+    said = capsys.readouterr().out
+    drafts = {arm["draft"] for arm in read_params(tmp_path / "params.yaml")["arms"].values()}
+    assert all(f"training {draft}, all its losses and seeds" in said for draft in drafts)
+    assert "all of it, evaluation apart" in said
+    assert "what would save most: " in said
 
 
 def test_composing_the_embedded_preset_keeps_every_byte(tmp_path: Path) -> None:

@@ -43,7 +43,9 @@ def test_use_says_what_changed(project: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_an_unknown_preset_lists_those_there_are(project: Path) -> None:
-    with pytest.raises(ConfigError, match="preset 'tiny'; expected one of ablation, embedded"):
+    with pytest.raises(
+        ConfigError, match=r"preset 'tiny'; expected one of .*embedded, .*full, .*smoke"
+    ):
         compose(project / "presets", "tiny")
 
 
@@ -87,6 +89,18 @@ def test_a_bad_row_is_refused(project: Path, row: str, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         matrix([row])
     assert (project / "params.yaml").read_bytes() == before
+
+
+def test_use_says_what_a_preset_leaves_to_its_user(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use("first-try")
+    said = capsys.readouterr().out
+    assert "set target.revision to the commit of Qwen/Qwen3-0.6B, 40 hex digits" in said
+    assert "put your prompts into prompts.jsonl, which prepare.source names" in said
+    assert sorted(read_params()["drafts"]) == ["eagle3", "medusa"]
+    use("smoke")
+    assert "before `dvc repro`" not in capsys.readouterr().out
 
 
 def test_changes_tell_absent_from_null() -> None:

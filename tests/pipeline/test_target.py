@@ -512,6 +512,24 @@ def test_a_revision_of_a_local_folder_is_refused(home: Path) -> None:
     assert find_pretrained(pretrained(model=str(home))) == home
 
 
+def test_a_stated_shape_is_held_against_the_model(home: Path) -> None:
+    stated = json.loads((home / "config.json").read_text())
+    shape = {
+        "vocab_size": stated["vocab_size"],
+        "hidden_size": stated["hidden_size"],
+        "num_layers": stated["num_hidden_layers"],
+        "intermediate_size": 7,
+        "num_parameters": 1e6,
+        "active_parameters": 1e6,
+    }
+    assert find_pretrained(pretrained(model=str(home), shape=shape)) == home
+    wrong = shape | {"num_layers": 99}
+    with pytest.raises(
+        TargetError, match=r"target\.shape\.num_layers 99; expected \d+, as .*config"
+    ):
+        find_pretrained(pretrained(model=str(home), shape=wrong))
+
+
 @pytest.mark.parametrize("over", [{"dtype": "int8"}, {"model": ""}, {"threads": 0}])
 def test_bad_parameters_are_named(over: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"target\.{next(iter(over))} is .*; expected"):
