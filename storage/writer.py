@@ -28,7 +28,9 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from storage.errors import CacheError
 from storage.layout import (
     BITSHUFFLED,
+    CODE_LEVEL,
     NARROW_LEVEL,
+    PROBABILITY,
     VERSION,
     WIDE_LEVEL,
     Array,
@@ -195,6 +197,12 @@ def _write_arrays(folder: Path, name: str, records: Sequence[Record], layout: La
     return PartEntry(name, log.counts, log.coverage, files)
 
 
+def _level(array: Array, *, wide: bool) -> int:
+    if array.encoding == PROBABILITY:
+        return CODE_LEVEL
+    return WIDE_LEVEL if wide else NARROW_LEVEL
+
+
 def _write_array(group: Any, array: Array, value: NDArray[Any], layout: Layout) -> None:
     """One array as one shard: the whole array, rounded up to whole inner chunks."""
     width = layout.width(array)
@@ -212,7 +220,7 @@ def _write_array(group: Any, array: Array, value: NDArray[Any], layout: Layout) 
             BloscCodec(
                 typesize=itemsize,
                 cname="zstd",
-                clevel=WIDE_LEVEL if width else NARROW_LEVEL,
+                clevel=_level(array, wide=bool(width)),
                 shuffle="bitshuffle" if array.name in BITSHUFFLED else "shuffle",
             ),
             Crc32cCodec(),

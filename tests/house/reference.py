@@ -91,6 +91,16 @@ COMMON = {
     "weight_decay": "AdamW's.",
     "memory": "Of a job.",
     "account": "SLURM's.",
+    "layout": "How rows are laid out (`pipeline/layouts.py`); `auto` asks the first row.",
+    "id": "Of a data set on the hub, `org/name`, or a folder.",
+    "parts": "The sources that are mixed, each with its weight.",
+    "min_chars": "Shorter documents and prompts are left out.",
+    "top_p": "Of the law: the likeliest ids until they hold this much; null: all.",
+    "top_k": "Of the law: as many of the likeliest ids; null: all.",
+    "concurrency": "Requests under way at once.",
+    "retries": "After a lost connection, a timeout, 429 or 5xx, with growing pauses.",
+    "timeout_s": "Of one response.",
+    "experts": "Routed experts in place of one feed-forward layer, DeepSeek-V3's; null: none.",
 }
 HEAD = """# Every parameter
 

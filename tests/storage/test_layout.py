@@ -11,6 +11,7 @@ import storage.layout
 from storage.layout import (
     ARRAYS,
     BITSHUFFLED,
+    CODE_LEVEL,
     ENTRY_CHUNK,
     GROUP,
     MODES,
@@ -40,9 +41,8 @@ def test_the_specification_states_the_version_and_the_chunks_of_the_code() -> No
     assert f"{TOKEN_CHUNK:,} tokens" in FORMAT
     assert f"{ENTRY_CHUNK:,} entries" in FORMAT
     assert f"G = ceil(D / {GROUP})" in FORMAT
-    assert (
-        f"level\n{WIDE_LEVEL} in arrays of more than one dim and {NARROW_LEVEL} elsewhere" in FORMAT
-    )
+    levels = f"level\n{WIDE_LEVEL} in arrays of more than one dim, {CODE_LEVEL} in `topk_p`"
+    assert f"{levels} and {NARROW_LEVEL} elsewhere" in FORMAT
     assert all(f"`{name}`" in FORMAT for name in BITSHUFFLED)
     assert all(f"`{mode}`" in FORMAT for mode in MODES)
 
