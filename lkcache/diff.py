@@ -66,7 +66,8 @@ def _plain(found: Diff) -> dict[str, Any]:
 def _show(found: Diff, a: str, b: str) -> None:
     console = Console()
     if found.same_bytes:
-        console.print(Text(f"{a} and {b} are equal byte for byte, as their manifests say."))
+        equal = f"{a} and {b} are equal byte for byte, as their manifests say."
+        console.print(Text(equal), soft_wrap=True)
         return
     for letter, path in (("A", a), ("B", b)):
         console.print(Text(f"{letter}  {path}"), soft_wrap=True)

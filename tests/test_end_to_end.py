@@ -45,7 +45,7 @@ def test_a_comment_in_a_loss_reruns_its_arms_and_what_follows(project: Path) -> 
         ("min_prob: 5.0e-4", "min_prob: 1.0e-3", {"check", "capture"}),
         ("workers: 2", "workers: 1", set()),
         ("confidence: 0.95", "confidence: 0.9", {"check", "report"}),
-        ("eta: 10.0", "eta: 9.0", {"check", "train@medusa-lk_lambda_eta10-0"}),
+        ("eta: 10.0", "eta: 9.0", {"check", "train@medusa-lk_lambda_eta10-0", "report"}),
     ],
 )
 def test_a_parameter_concerns_the_stages_that_read_it(

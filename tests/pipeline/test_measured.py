@@ -19,7 +19,9 @@ def test_its_figures_are_the_reports(tmp_path: Path) -> None:
     overall = [x for x in taus if (x.objective, x.domain) == ("kl", "all")]
     assert overall
     for found in overall:
-        mine = f"| {REPLAY} | {found.temperature:g} | {found.gamma} | {found.tau.estimate:.3f} |"
+        mine = (
+            f"| {REPLAY} | T = {found.temperature:g} | {found.gamma} | {found.tau.estimate:.3f} |"
+        )
         assert [line for line in table if line.startswith(mine)], (mine, table)
     assert any(line.startswith("| decode |") for line in table)
 

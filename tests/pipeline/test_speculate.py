@@ -46,9 +46,10 @@ class TableDraft(Draft):
     def build(cls, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
-    def training_logits(self, batch: Batch, depth: int) -> Any:
+    def training_states(self, batch: Batch, depth: int) -> Any:
         for k in range(depth):
-            yield self.logits[k, batch.tokens.flatten()[batch.pairs(k).anchor + 1]]
+            token = batch.tokens.flatten()[batch.pairs(k).anchor + 1]
+            yield torch.eye(self.logits.shape[1])[token], self.logits[k].T
 
     def open(self, num_rows: int, width: int) -> Any:
         return find("medusa").State()
