@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from pipeline.capture import CaptureConfig, Done, Job, capture_part, law_of, layout_of, plan
-from pipeline.cluster import ClusterConfig, device
+from pipeline.cluster import ClusterConfig, device, device_map
 from pipeline.config import load
 from pipeline.estimate import Line
 from pipeline.target import read_spec
@@ -34,7 +34,14 @@ def trial(root: Path, *, num_tokens: int) -> list[Line]:
     law_of(table, spec, path=source)
     step = max(1, len(table) // SEQUENCES_TRIED)
     picked = table[::step][:SEQUENCES_TRIED]
-    job = Job(target.absolute(), spec.fingerprint, device(cluster), config, layout_of(spec, config))
+    job = Job(
+        target.absolute(),
+        spec.fingerprint,
+        device(cluster),
+        config,
+        layout_of(spec, config),
+        device_map(cluster),
+    )
     scratch = scratch_root(root)
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="trial-", dir=scratch) as folder:

@@ -12,7 +12,7 @@ from pipeline.trial import trial
 from stages import capture, generate
 from storage.errors import ConfigError, DataError
 from storage.reader import Cache
-from tests.targets import write_project
+from tests.targets import write_params, write_project
 
 
 def test_a_trial_of_all_sequences_foretells_the_cache(
@@ -57,3 +57,17 @@ def test_a_trial_without_torch_says_what_it_needs(monkeypatch: pytest.MonkeyPatc
         pytest.raises(ConfigError, match=r"--dry-run without .* pip install lkcache\[pipeline\]"),
     ):
         estimate(dry_run=True)
+
+
+def test_a_trial_spreads_its_target_as_capture_does(
+    tmp_path: Path, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("accelerate")
+    write_project(tmp_path, tiny_model(vocab_size=300))
+    monkeypatch.chdir(tmp_path)
+    generate.main()
+    spread = {"kind": "device_map", "devices": 2, "map": "auto"}
+    write_params(tmp_path, cluster={"parallel": spread})
+    for captures in (capture.main, lambda: trial(Path(), num_tokens=1)):
+        with pytest.raises(ConfigError, match=r"cluster\.parallel spreads a target over CUDA"):
+            captures()
