@@ -454,7 +454,7 @@ class Cache:
         self, part: int, sequences: NDArray[np.int64], wanted: Sequence[str], *, more: bool = False
     ) -> Iterator[Record]:
         index = self._index(part)
-        many = more or int(index.length[sequences].sum()) * WHOLE_SHARE >= index.length.sum()
+        many = bool(more or index.length[sequences].sum() * WHOLE_SHARE >= index.length.sum())
         whole = self._whole(part, wanted) if many else {}
         bounds = {dim: self._bounds(part, dim) for dim in _dims(wanted)}
         lists = {dim: (start.tolist(), stop.tolist()) for dim, (start, stop) in bounds.items()}
