@@ -353,7 +353,7 @@ def measure(folder: Path, *, gib: float, parts: int, sshd: Path | None) -> dict[
         without_dvc_copy(bench, project, name)
         bench.run("", "rm", "-rf", project, cwd=folder)
     spent = {what: asdict(each) | {"said": ""} for what, each in bench.spent.items()}
-    host = "OpenSSH's" if sshd else "asyncssh's"
+    host = "OpenSSH's daemon" if sshd else "asyncssh's server, in Python"
     return {"sizes": sizes, "spent": spent, "damage": said, "host": host}
 
 
@@ -380,6 +380,17 @@ REMOTES = {"folder": "a folder", "s3": "S3", "ssh": "SSH"}
 HEAD = (
     "| command | fixed | 1,000 files | a GB | server, a GB | clock, whole `large` | peak memory |\n"
     "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
+)
+
+INTRODUCTION = """{cores} cores, one disk, Linux. Load {load[0]:.1f} before and {load[1]:.1f} after,
+nearly all of it other work on the machine: trust the CPU seconds, not the clock. **Remotes are on
+loopback: this is the CPU that a transfer takes, and no network is measured.** S3 is moto's server,
+in Python; SSH is {host}. What a server took stands in a column of its own, and shared the two cores
+with the command.
+"""
+SPLIT = (
+    "CPU seconds of each command with its children follow, split by the three caches into a fixed "
+    "part, a part by files (different ones where DVC moves them) and a part by bytes."
 )
 
 
@@ -424,10 +435,7 @@ class Found:
         """The whole page."""
         large = self.sizes["large"]
         lines = [
-            f"{os.cpu_count()} cores, one disk, Linux; load {self.load[0]:.1f} before and "
-            f"{self.load[-1]:.1f} after, most of it other work on the machine, so trust the CPU "
-            "seconds, not the clock. **Remotes are on loopback: this is the CPU that a transfer "
-            f"takes, and no network is measured.** S3 is moto's server (Python); SSH {self.host}.\n",
+            INTRODUCTION.format(cores=os.cpu_count(), host=self.host, load=self.load),
             "| cache | parts | files | different files | bytes |",
             "| --- | ---: | ---: | ---: | ---: |",
         ]
@@ -437,9 +445,7 @@ class Found:
         ]
         written = large["written_s"] * 1e9 / large["bytes"]
         lines += [
-            f"\nWriting `large` took {written:.1f} s of CPU a GB. CPU seconds of each command with "
-            "its children follow, split by the three caches into a fixed part, a part by files "
-            "(different ones where DVC moves them) and a part by bytes.\n",
+            f"\nWriting `large` took {written:.1f} s of CPU a GB. {SPLIT}\n",
             f"## On this disk\n\n{HEAD}",
         ]
         lines += [
@@ -461,17 +467,18 @@ class Found:
         rows = {called: self.spent[f"large {at} pull a part"] for at, called in REMOTES.items()}
         rows["S3 by `Cache.open`, every array read and hashed, without DVC"] = read
         return [
-            f"\n## One part of `large`\n\nA part is {part / 1e6:.0f} MB on average. "
-            f"`dvc pull {CACHE}/part-00000` in a fresh clone:\n",
+            (
+                f"\n## One part of `large`\n\nA part is {part / 1e6:.0f} MB on average. "
+                f"`dvc pull {CACHE}/part-00000` in a fresh clone:\n"
+            ),
             "| from | CPU | clock |\n| --- | ---: | ---: |",
             *(f"| {name} | {s.cpu_s:.1f} s | {s.clock_s:.0f} s |" for name, s in rows.items()),
         ]
 
     def _jobs(self) -> list[str]:
-        default = 4 * (os.cpu_count() or 1)
+        default, objects = 4 * (os.cpu_count() or 1), self.sizes["many"]["objects"]
         lines = [
-            f"\n## Jobs\n\n`dvc pull` of `many`, {self.sizes['many']['objects']:,.0f} different "
-            "files, where nothing waits for a network:\n",
+            f"\n## Jobs\n\n`dvc pull` of `many`, {objects:,} different files, without a network:\n",
             f"| from | `-j 1`, CPU and clock | `-j {default}`, the default |",
             "| --- | ---: | ---: |",
         ]
