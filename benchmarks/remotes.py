@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ LAW = Layout("topk", VOCAB, WIDTH, (), last_hidden=False)
 LARGE_TOKEN_BYTES = len(LAYERS) * WIDTH * (1 + 4 / 128) + KEPT * 6
 LARGE_PART_TOKENS, PART_TOKENS = 32_768, 2048
 COPIES = 5
+POLL_S = 0.05
 GIT = ("git", "-c", "user.name=benchmark", "-c", "user.email=benchmark@example.org")
 DVC = (sys.executable, "-m", "dvc")
 CACHE = "cache/train.zarr"
@@ -99,7 +100,13 @@ class Bench:
             process = subprocess.Popen(
                 command, cwd=cwd, env=self.env, stdout=log, stderr=subprocess.STDOUT
             )
-            _, status, usage = os.wait4(process.pid, 0)
+            while True:
+                pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+                if pid:
+                    break
+                if server:
+                    server.cpu_s()
+                time.sleep(POLL_S)
             clock = time.perf_counter() - start
             process.returncode = os.waitstatus_to_exitcode(status)
             log.seek(0)
@@ -116,6 +123,12 @@ class Bench:
             )
         return spent
 
+    def word(self, *command: str, cwd: Path) -> str:
+        """What a command says in a line: its last error, or else its last line."""
+        lines = self.run("", *command, cwd=cwd, fails=True).said.strip().splitlines()
+        errors = [line for line in lines if line.startswith("ERROR")]
+        return (errors or lines)[-1]
+
     def forget(self) -> None:
         """Lose DVC's state database, as another machine has none."""
         shutil.rmtree(self.folder / "site", ignore_errors=True)
@@ -129,7 +142,8 @@ def record(rng: np.random.Generator, layout: Layout, number: int) -> Record:
     logp = -rng.exponential(1.0, length).astype(np.float32)
     code = -np.sort(-rng.integers(1, 300, (length - 1, KEPT), dtype=np.uint16).astype(int))
     tail = np.log1p(-decode_p(code.astype(np.uint16)).sum(-1, dtype=np.float64))
-    ids = rng.integers(0, VOCAB - KEPT, (length - 1, 1)) + np.arange(KEPT)
+    # kept ids are even and tokens odd, so that no token contradicts the law of its row
+    ids = 2 * (rng.integers(0, VOCAB // 2 - KEPT, (length - 1, 1)) + np.arange(KEPT))
     logp[-1] = 0
     hidden = {}
     if layout.hidden_layers:
@@ -140,7 +154,7 @@ def record(rng: np.random.Generator, layout: Layout, number: int) -> Record:
     return Record(
         id=f"sequence-{number:07d}",
         domain="random",
-        tokens=rng.integers(0, VOCAB, length, dtype=np.uint32),
+        tokens=2 * rng.integers(0, VOCAB // 2, length, dtype=np.uint32) + 1,
         turn=np.zeros(length, dtype=np.int32),
         token_logp=logp,
         kept=kept,
@@ -274,27 +288,33 @@ def plain_store(bench: Bench, project: Path, name: str, store: Server) -> None:
 
 
 def damage(bench: Bench, project: Path, remote: Path) -> dict[str, str]:
-    """One bit of the remote's largest object flipped: who notices, without `verify` and with."""
+    """The remote's largest file with one bit flipped, then gone: which command says what."""
     objects = [path for path in remote.rglob("*") if path.is_file() and path.suffix != ".dir"]
     victim = max(objects, key=lambda path: path.stat().st_size)
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.chmod(0o644)
     victim.write_bytes(content)
+    pull = (*DVC, "pull", "-r", "folder", "capture")
+    look = (sys.executable, "-m", "lkcache.main", "verify", CACHE)
     found = {}
-    for verify in ("false", "true"):
-        with clone(bench, project, "clone") as there:
-            bench.run("", *DVC, "remote", "modify", "folder", "verify", verify, cwd=there)
-            pull = bench.run("", *DVC, "pull", "-r", "folder", "capture", cwd=there, fails=True)
-            lines = pull.said.strip().splitlines()
-            errors = [line for line in lines if line.startswith("ERROR")]
-            found[f"`dvc pull`, verify {verify}"] = (errors or lines[-1:])[0]
-            if verify == "false":
-                status = bench.run("", *DVC, "status", "capture", cwd=there)
-                found["`dvc status` then"] = status.said.strip()
-                look = (sys.executable, "-m", "lkcache.main", "verify", CACHE)
-                seen = bench.run("", *look, cwd=there, fails=True)
-                found["`lkcache verify` then"] = seen.said.strip()
+    with clone(bench, project, "clone") as there:
+        found["bit flipped: `dvc pull` in a fresh clone"] = bench.word(*pull, cwd=there)
+        found["… `dvc status` then"] = bench.word(*DVC, "status", "capture", cwd=there)
+        found["… `lkcache verify` then"] = bench.word(*look, cwd=there)
+    with clone(bench, project, "clone") as there:
+        bench.run("", *DVC, "remote", "modify", "folder", "verify", "true", cwd=there)
+        found["… `dvc pull` in another, remote `verify` true"] = bench.word(*pull, cwd=there)
+    push = (*DVC, "push", "-r", "folder", "capture")
+    victim.unlink()
+    found["file gone: `dvc push` where the cache is"] = bench.word(*push, cwd=project)
+    status = (*DVC, "status", "-c", "-r", "folder", "capture")
+    found["… `dvc status -c`"] = bench.word(*status, cwd=project)
+    with clone(bench, project, "clone") as there:
+        found["… `dvc pull` in a fresh clone"] = bench.word(*pull, cwd=there)
+    for listing in remote.rglob("*.dir"):
+        listing.unlink()
+    found["… `dvc push` once the listing (`.dir`) is gone too"] = bench.word(*push, cwd=project)
     return found
 
 
@@ -313,48 +333,45 @@ def counts(path: Path) -> dict[str, int]:
     }
 
 
-def measure(folder: Path, *, gib: float, parts: int, sshd: Path | None) -> dict[str, Any]:
-    """All of it; what the page is written from."""
-    bench, sizes = Bench(folder), {}
+def measure(
+    folder: Path, found: dict[str, Any], *, gib: float, parts: int, sshd: Path | None
+) -> None:
+    """All of it but the caches that `found` has, into `found`; what the page is written from."""
     caches = {
         "one": (LAW, PART_TOKENS, PART_TOKENS),
         "many": (LAW, parts * PART_TOKENS, PART_TOKENS),
         "large": (LARGE, int(gib * 2**30 / LARGE_TOKEN_BYTES), LARGE_PART_TOKENS),
     }
-    said: dict[str, str] = {}
     for name, (layout, num_tokens, part_tokens) in caches.items():
+        if name in found["sizes"]:
+            continue
+        bench = Bench(folder)
         project = lay_out(bench, name)
         start = time.process_time()
         write_cache(project / CACHE, layout, num_tokens=num_tokens, part_tokens=part_tokens)
         written = time.process_time() - start
-        sizes[name] = counts(project / CACHE) | {"written_s": round(written, 1)}
-        print(name, sizes[name], flush=True)
+        size = counts(project / CACHE) | {"written_s": round(written, 1)}
+        print(name, size, flush=True)
         links(bench, project, name)
         local = folder / "remote"
         exchange(bench, project, name, "folder", str(local / name), None)
         if name == "one":
-            said = damage(bench, project, local / name)
+            found["damage"] = damage(bench, project, local / name)
         bench.run("", "rm", "-rf", local, cwd=folder)
-        for remote in ("s3", "ssh"):
-            # a server of its own for each, so that it gives back what it holds
-            with ExitStack() as stack:
-                if remote == "s3":
-                    server = stack.enter_context(s3_store(folder / "store"))
-                    url = f"s3://{BUCKET}/dvc"
-                else:
-                    server = stack.enter_context(ssh_host(folder / "host", sshd))
-                    url = f"{server.url}{folder}/host/dvc"
-                exchange(bench, project, name, remote, url, server)
-            for used in ("store", "host"):
-                bench.run("", "rm", "-rf", folder / used, cwd=folder)
+        with s3_store(folder / "store") as store:
+            exchange(bench, project, name, "s3", f"s3://{BUCKET}/dvc", store)
+        bench.run("", "rm", "-rf", folder / "store", cwd=folder)
+        with ssh_host(folder / "host", sshd) as host:
+            exchange(bench, project, name, "ssh", f"{host.url}{folder}/host/dvc", host)
+        bench.run("", "rm", "-rf", folder / "host", cwd=folder)
         with s3_store(folder / "store") as store:
             plain_store(bench, project, name, store)
         bench.run("", "rm", "-rf", folder / "store", cwd=folder)
         without_dvc_copy(bench, project, name)
         bench.run("", "rm", "-rf", project, cwd=folder)
-    spent = {what: asdict(each) | {"said": ""} for what, each in bench.spent.items()}
-    host = "OpenSSH's daemon" if sshd else "asyncssh's server, in Python"
-    return {"sizes": sizes, "spent": spent, "damage": said, "host": host}
+        found["spent"] |= {what: asdict(each) | {"said": ""} for what, each in bench.spent.items()}
+        found["sizes"][name] = size
+        found["load"].append(os.getloadavg()[0])
 
 
 ROWS = {
@@ -382,8 +399,8 @@ HEAD = (
     "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
 )
 
-INTRODUCTION = """{cores} cores, one disk, Linux. Load {load[0]:.1f} before and {load[1]:.1f} after,
-nearly all of it other work on the machine: trust the CPU seconds, not the clock. **Remotes are on
+INTRODUCTION = """{cores} cores, one disk, Linux. Load {low:.0f} to {high:.0f}, nearly all of it
+other work on the machine: trust the CPU seconds, not the clock. **Remotes are on
 loopback: this is the CPU that a transfer takes, and no network is measured.** S3 is moto's server,
 in Python; SSH is {host}. What a server took stands in a column of its own, and shared the two cores
 with the command.
@@ -435,7 +452,9 @@ class Found:
         """The whole page."""
         large = self.sizes["large"]
         lines = [
-            INTRODUCTION.format(cores=os.cpu_count(), host=self.host, load=self.load),
+            INTRODUCTION.format(
+                cores=os.cpu_count(), host=self.host, low=min(self.load), high=max(self.load)
+            ),
             "| cache | parts | files | different files | bytes |",
             "| --- | ---: | ---: | ---: | ---: |",
         ]
@@ -490,8 +509,8 @@ class Found:
 
     def _damage(self) -> list[str]:
         return [
-            "\n## One bit of a pushed file flipped in the remote\n",
-            "| command in a fresh clone | says |",
+            "\n## A pushed file damaged in the remote, or gone from it\n",
+            "| command | says |",
             "| --- | --- |",
             *(f"| {what} | {said} |" for what, said in self.damage.items()),
         ]
@@ -514,15 +533,21 @@ def main() -> None:
     options.add_argument("--parts", type=int, default=60, help="parts of the cache of many files")
     options.add_argument("--folder", type=Path, default=None, help="where; a temporary folder")
     options.add_argument("--sshd", type=Path, default=None, help="an OpenSSH daemon to serve with")
-    options.add_argument("--results", type=Path, default=None, help="keep the raw figures here")
+    options.add_argument(
+        "--results", type=Path, default=None, help="raw figures; a cache they have is skipped"
+    )
     given = options.parse_args()
+    found: dict[str, Any] = {"sizes": {}, "spent": {}, "load": [os.getloadavg()[0]]}
+    if given.results and given.results.exists():
+        found = json.loads(given.results.read_text(encoding="utf-8"))
+    found["host"] = "OpenSSH's daemon" if given.sshd else "asyncssh's server, in Python"
     with tempfile.TemporaryDirectory(dir=given.folder, ignore_cleanup_errors=True) as name:
         room(Path(name), given.gib)
-        loads = [os.getloadavg()[0]]
-        found = measure(Path(name), gib=given.gib, parts=given.parts, sshd=given.sshd)
-        found["load"] = [*loads, os.getloadavg()[0]]
-    if given.results:
-        given.results.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        try:
+            measure(Path(name), found, gib=given.gib, parts=given.parts, sshd=given.sshd)
+        finally:
+            if given.results:
+                given.results.write_text(json.dumps(found, indent=1), encoding="utf-8")
     OUT.write_text(Found(found).page(), encoding="utf-8")
     print(OUT.read_text(encoding="utf-8"))
 

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 BUCKET = "caches"
@@ -37,11 +37,13 @@ class Server:
     pid: int
     keyfile: Path | None = None
     """The private key that the host lets in."""
+    _seen: dict[int, int] = field(default_factory=dict)
 
     def cpu_s(self) -> float:
-        """CPU seconds since it started, its ended children's and living ones' included."""
-        ticks = sum(_ticks(pid) for pid in (self.pid, *_below(self.pid)))
-        return ticks / os.sysconf("SC_CLK_TCK")
+        """CPU seconds of it and its children so far; call it often, for those that end."""
+        for pid in (self.pid, *_below(self.pid)):
+            self._seen[pid] = max(_ticks(pid), self._seen.get(pid, 0))
+        return sum(self._seen.values()) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
@@ -147,12 +149,12 @@ def _new_key(path: Path) -> None:
 
 
 def _ticks(pid: int) -> int:
-    """User and system ticks of a process and of its children that have ended."""
+    """User and system ticks of a process."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
     except FileNotFoundError:
         return 0
-    return sum(int(field) for field in stat.rsplit(")", 1)[1].split()[11:15])
+    return sum(int(field) for field in stat.rsplit(")", 1)[1].split()[11:13])
 
 
 def _below(pid: int) -> list[int]:

@@ -119,3 +119,17 @@ def test_damage_in_a_remote_is_seen_by_us_and_by_dvc_only_where_it_is_told(tmp_p
     assert verify(tmp_path / "b" / "cache" / "train.zarr") == 1
     run("dvc", "remote", "modify", "store", "verify", "true", cwd=project)
     assert "failed to pull" in pulled(project, tmp_path / "c", ok=False)
+
+
+def test_a_file_gone_from_a_remote_is_pushed_once_its_listing_is_gone(tmp_path: Path) -> None:
+    project, remote = captured(tmp_path / "a"), tmp_path / "remote"
+    run("dvc", "remote", "add", "-d", "store", str(remote), cwd=project)
+    run("dvc", "push", "capture", cwd=project)
+    (listing,) = remote.rglob("*.dir")
+    lost = next(p for p in remote.rglob("*") if p.is_file() and p != listing)
+    lost.unlink()
+    assert "up to date" in run("dvc", "push", "capture", cwd=project)  # it looks at the listing
+    assert not lost.exists()
+    listing.unlink()
+    assert "2 files pushed" in run("dvc", "push", "capture", cwd=project)
+    assert lost.exists()
