@@ -54,7 +54,7 @@ STAGE = f"""stages:
 PUT = f"""
 import sys
 from s3fs import S3FileSystem
-S3FileSystem().put(sys.argv[1], "{BUCKET}/plain/train.zarr", recursive=True)
+S3FileSystem(config_kwargs={{"read_timeout": 600}}).put(sys.argv[1], "{BUCKET}/plain/train.zarr", recursive=True)
 """
 READ = f"""
 from storage.reader import Cache
@@ -73,7 +73,6 @@ class Spent:
     """Of the command and its children."""
     server_s: float
     """Of the server's process meanwhile; 0 without one."""
-    peak_bytes: int
     said: str = ""
 
 
@@ -116,7 +115,7 @@ class Bench:
             raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{said[-4000:]}")
         served = server.cpu_s() - before if server else 0.0
         cpu = usage.ru_utime + usage.ru_stime
-        spent = Spent(clock, cpu, served, 1024 * usage.ru_maxrss, said)
+        spent = Spent(clock, cpu, served, said)
         if what:
             self.spent[what] = spent
             print(
@@ -400,8 +399,8 @@ EXCHANGE = {
 }
 REMOTES = {"folder": "a folder", "s3": "S3", "ssh": "SSH"}
 HEAD = (
-    "| command | fixed | 1,000 files | a GB | server, a GB | clock, all of it | peak memory |\n"
-    "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
+    "| command | fixed | 1,000 files | a GB | server, a GB | clock, all of it |\n"
+    "| --- | ---: | ---: | ---: | ---: | ---: |"
 )
 
 INTRODUCTION = """{cores} cores, one disk, Linux. Load {low:.0f} to {high:.0f}, nearly all of it
@@ -429,8 +428,7 @@ class Cost:
         """One line of the page's table."""
         cells = f"{self.fixed:.1f} s | {self.files:.1f} s | {self.gigabyte:.2f} s"
         server = f"{self.server:.2f} s" if large.server_s >= 0.1 else "–"
-        peak = f"{large.peak_bytes / 1e6:.0f} MB"
-        return f"| {name} | {cells} | {server} | {large.clock_s:.0f} s | {peak} |"
+        return f"| {name} | {cells} | {server} | {large.clock_s:.0f} s |"
 
 
 def largest(what: str) -> str:
@@ -459,6 +457,14 @@ class Found:
         rest = large.cpu_s - fixed - a_file * counted[name]
         return Cost(fixed, 1000 * a_file, max(0.0, rest / gigabytes), large.server_s / gigabytes)
 
+    def rows(self, commands: dict[str, str], unit: str) -> list[str]:
+        """Lines of the page's table, of the commands that were measured."""
+        measured = [what for what in commands if f"{largest(what)} {what}" in self.spent]
+        return [
+            self.cost(what, unit).row(commands[what], self.spent[f"{largest(what)} {what}"])
+            for what in measured
+        ]
+
     def page(self) -> str:
         """The whole page."""
         large = self.sizes["large"]
@@ -478,17 +484,10 @@ class Found:
             f"\nWriting `large` took {written:.1f} s of CPU a GB. {SPLIT}\n",
             f"## On this disk\n\n{HEAD}",
         ]
-        lines += [
-            self.cost(what, "files").row(name, self.spent[f"{largest(what)} {what}"])
-            for what, name in ROWS.items()
-        ]
+        lines += self.rows(ROWS, "files")
         for remote, called in REMOTES.items():
             lines += [f"\n## To {called} and back\n\n{HEAD}"]
-            lines += [
-                self.cost(at, "objects").row(name, self.spent[f"{largest(at)} {at}"])
-                for what, name in EXCHANGE.items()
-                for at in [f"{remote} {what}"]
-            ]
+            lines += self.rows({f"{remote} {what}": n for what, n in EXCHANGE.items()}, "objects")
         return "\n".join([*lines, *self._parts(), *self._jobs(), *self._damage()]) + "\n"
 
     def _parts(self) -> list[str]:

@@ -22,7 +22,6 @@ def test_a_cost_is_split_into_its_start_its_files_and_its_bytes() -> None:
                 clock_s=1.0,
                 cpu_s=0.5 + 0.002 * size["objects"] + 3e-9 * size["bytes"],
                 server_s=2e-9 * size["bytes"],
-                peak_bytes=1,
             )
         )
         for name, size in SIZES.items()
