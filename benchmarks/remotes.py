@@ -54,7 +54,8 @@ STAGE = f"""stages:
 PUT = f"""
 import sys
 from s3fs import S3FileSystem
-S3FileSystem(config_kwargs={{"read_timeout": 600}}).put(sys.argv[1], "{BUCKET}/plain/train.zarr", recursive=True)
+store = S3FileSystem(config_kwargs={{"read_timeout": 600}})
+store.put(sys.argv[1], "{BUCKET}/plain/train.zarr", recursive=True)
 """
 READ = f"""
 from storage.reader import Cache
