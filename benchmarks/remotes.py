@@ -407,8 +407,8 @@ HEAD = (
 INTRODUCTION = """{cores} cores, one disk, Linux. Load {low:.0f} to {high:.0f}, nearly all of it
 other work on the machine: trust the CPU seconds, not the clock. **Remotes are on
 loopback: this is the CPU that a transfer takes, and no network is measured.** S3 is moto's server,
-in Python; SSH is {host}. What a server took stands in a column of its own, and shared the two cores
-with the command.
+in Python; SSH is {host}. What a server took has a column of its own; it shared the cores with the
+command.
 """
 SPLIT = (
     "CPU seconds of each command with its children follow, split by the three caches into a fixed "
