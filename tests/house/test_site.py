@@ -81,7 +81,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     for page in ("index", "MATHS", "storage/FORMAT", "reference/parameters", "benchmarks/rate"):
         assert (tmp_path / "site" / f"{page}.html").is_file()
     tutorial = (tmp_path / "site" / "how-to" / "share-a-cache.html").read_text(encoding="utf-8")
-    assert 'href="../benchmarks/scale.html"' in tutorial
+    assert 'href="../benchmarks/remotes.html"' in tutorial
     assert not re.search(r'(?:src|href)="https?://(?!squidfunk|www\.mkdocs)', tutorial)
 
 
