@@ -31,7 +31,7 @@ class Strict(BaseModel):
 def read_params(path: Path = PARAMS) -> dict[str, Any]:
     """All sections of a parameter file as plain values; `ConfigError` if it is no mapping.
 
-    The file is read at every call and parsed once for each content; the values are the caller's own.
+    The file is read at every call and parsed once for each content; the values are the caller's.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -60,7 +60,7 @@ def read_params(path: Path = PARAMS) -> dict[str, Any]:
 
 @lru_cache(maxsize=4)
 def _parsed(text: str) -> Any:
-    """Kept, because a stage loads several sections: parsing takes 40 ms, a copy a quarter of one."""
+    """Kept, as a stage loads several sections: parsing takes 40 ms, a copy a quarter of one."""
     return YAML(typ="safe", pure=True).load(text)
 
 

@@ -177,9 +177,9 @@ def speedup_tables(results: Results, found: Findings, timings: Mapping[str, Json
     ]
     caption = (
         "Best γ and expected speed-up τ·c / (γ·c_draft + c_verify), from replay's τ and the step "
-        "times measured in this run's batches; an expectation for this machine, no result. It takes "
-        "full batches throughout, whereas the measured decoding speed is of batches that end with "
-        "their slowest row"
+        "times measured in this run's batches; an expectation for this machine, no result. It "
+        "takes full batches throughout, whereas the measured decoding speed is of batches that end "
+        "with their slowest row"
     )
     return [Table(caption, columns, rows)] if rows else []
 
