@@ -54,7 +54,7 @@ def main() -> None:
             return
         parts = {
             split: plan(
-                survey.lengths.tolist(),
+                memoryview(survey.lengths),
                 sequences=files[split],
                 sequences_digest=digests[split],
                 cache=workspace.path(caches[split]),

@@ -5,7 +5,7 @@
     for row in rows.take(range(10, 20)):
         row["tokens"], row["turn"]       # [T] uint32 and [T] int32
 
-A group is a row group of the parquet file (`storage.tables.write_table`). The survey takes 16 bytes
+A group is a row group of the parquet file (`storage.tables.write_table`). The survey takes 20 bytes
 a sequence, and `take` keeps the group that it read last, for the caller that goes on from there.
 
 Dims: S sequences of a file, T tokens of one.
