@@ -3,7 +3,7 @@
     python -m benchmarks.scale PROJECT        # writes benchmarks/scale.md
 
 Measured on this machine: the rates of `PROJECT/timings`, the bytes of its cache, what `verify` and
-DVC take a byte, what freeing prompts of repeats takes. Memory is the page `benchmarks/sequences.md`.
+DVC take a byte, what freeing prompts of repeats takes. Memory stands in `benchmarks/sequences.md`.
 Assumed, because no GPU is here: that a forward pass runs at `TFLOPS`. Everything else follows by
 the formula that stands in the table.
 """

@@ -49,7 +49,7 @@ def write(path: Path, num_tokens: int) -> None:
 def planning(path: Path) -> None:
     """What `stages.capture` does with a file before a model loads: check, count, cut into parts."""
     survey = Sequences.open(path).survey
-    plan_parts(memoryview(survey.lengths), part_tokens=PART_TOKENS)
+    plan_parts(survey.lengths.data, part_tokens=PART_TOKENS)
 
 
 def parts(path: Path) -> None:

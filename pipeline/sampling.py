@@ -28,7 +28,7 @@ class Prompt:
 
     id: str
     domain: str
-    tokens: tuple[int, ...]
+    tokens: Sequence[int]
     response: str | None = None
     """The data's own."""
 
@@ -37,7 +37,7 @@ class Prompt:
 class Response:
     """What followed a prompt."""
 
-    tokens: list[int]
+    tokens: Sequence[int]
     """The end-of-sequence token included, where there was one."""
     finished: bool
 

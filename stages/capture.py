@@ -54,7 +54,7 @@ def main() -> None:
             return
         parts = {
             split: plan(
-                memoryview(survey.lengths),
+                survey.lengths.data,
                 sequences=files[split],
                 sequences_digest=digests[split],
                 cache=workspace.path(caches[split]),

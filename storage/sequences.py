@@ -5,7 +5,7 @@
     for row in rows.take(range(10, 20)):
         row["tokens"], row["turn"]       # [T] uint32 and [T] int32
 
-A group is a row group of the parquet file (`storage.tables.write_table`). The survey takes 20 bytes
+A group is a row group of the parquet file (`storage.tables.write_table`). The survey takes 25 bytes
 a sequence, and `take` keeps the group that it read last, for the caller that goes on from there.
 
 Dims: S sequences of a file, T tokens of one.
@@ -45,6 +45,12 @@ class Survey:
     """[S] tokens of assistant turns."""
     supervised: NDArray[np.int32]
     """[S] tokens whose successor lies in the same assistant turn (`storage.record.supervised`)."""
+    finished: NDArray[np.bool_]
+    """[S] ended by an end-of-sequence token."""
+    domain: NDArray[np.int32]
+    """[S] its place in `domains`."""
+    domains: tuple[str, ...]
+    """Sorted."""
     laws: tuple[str, ...]
     """That the sequences are said to be samples of, sorted."""
 
@@ -85,12 +91,29 @@ class Sequences:
         """Lengths, ids and turns of every sequence, from one pass in bounded memory."""
         found: list[tuple[NDArray[Any], ...]] = []
         laws: set[str] = set()
-        for batch in self._file.iter_batches(BATCH_ROWS, columns=["tokens", "turn", "law"]):
-            found.append((*_of_tokens(batch["tokens"]), *_of_turns(batch["turn"])))
+        codes: dict[str, int] = {}
+        for batch in self._file.iter_batches(BATCH_ROWS, columns=SEQUENCES.names[1:]):
+            lengths, largest = _of_tokens(batch["tokens"])
+            turns, written, supervised = _of_turns(batch["turn"])
+            ended = batch["finished"].to_numpy(zero_copy_only=False)
+            coded = _coded(batch["domain"], codes)
+            found.append((lengths, turns, largest, written, supervised, ended, coded))
             laws.update(batch["law"].unique().to_pylist())
-        columns = [np.concatenate(some) for some in zip(*found, strict=True)] or [_EMPTY] * 5
-        lengths, largest, turns, written, supervised = columns
-        return Survey(lengths, turns, largest, written, supervised, tuple(sorted(laws)))
+        columns = [np.concatenate(some) for some in zip(*found, strict=True)] or [_EMPTY] * 7
+        lengths, turns, largest, written, supervised, ended, coded = columns
+        domains = tuple(sorted(codes))
+        place = np.array([domains.index(name) for name in codes], np.int32)
+        return Survey(
+            lengths=lengths,
+            turns=turns,
+            largest=largest,
+            written=written,
+            supervised=supervised,
+            finished=ended,
+            domain=place[coded],
+            domains=domains,
+            laws=tuple(sorted(laws)),
+        )
 
     def take(self, rows: Iterable[int]) -> list[Row]:
         """The rows of these numbers, in their order; quick where neighbours stand together."""
@@ -118,6 +141,13 @@ _EMPTY: NDArray[np.int32] = np.zeros(0, np.int32)
 def _numbers(values: pa.Array | None) -> NDArray[Any]:
     """A copy, since torch refuses what it may not write to and a view would hold the group."""
     return _EMPTY if values is None else values.to_numpy(zero_copy_only=False).copy()
+
+
+def _coded(column: pa.StringArray, codes: dict[str, int]) -> NDArray[np.int32]:
+    """[S] codes of names; `codes` gets those that are new."""
+    found = column.dictionary_encode()
+    own = [codes.setdefault(name, len(codes)) for name in found.dictionary.to_pylist()]
+    return np.array(own, np.int32)[found.indices.to_numpy()]
 
 
 def _of_tokens(column: pa.ListArray) -> tuple[NDArray[Any], NDArray[Any]]:

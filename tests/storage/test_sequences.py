@@ -26,7 +26,7 @@ def rows() -> Rows:
     return [
         {
             "id": f"p{number}",
-            "domain": "code",
+            "domain": "prose" if number % 5 else "code",
             "tokens": draw.integers(0, 300, length).tolist(),
             "turn": draw.integers(-1, 2, length).tolist(),
             "law": "T=1" if number % 2 else "data",
@@ -54,6 +54,9 @@ def test_the_survey_says_what_the_rows_hold(path: Path, rows: Rows) -> None:
         int(supervised(np.array(r["turn"], np.int32)).sum()) for r in rows
     ]
     assert found.laws == ("T=1", "data")
+    assert found.domains == ("code", "prose")
+    assert [found.domains[code] for code in found.domain] == [r["domain"] for r in rows]
+    assert found.finished.tolist() == [r["finished"] for r in rows]
     assert found.num_tokens == sum(len(r["tokens"]) for r in rows)
 
 
