@@ -11,7 +11,6 @@ it changes rounding only, and the number of workers nothing at all. `pipeline.sa
 
 import json
 import time
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from pipeline.chat import Message, has_template, prompt_tokens, speak
 from pipeline.cluster import Cluster
 from pipeline.config import Strict
 from pipeline.provenance import Progress
-from pipeline.sampling import Prompt, Response, sample
+from pipeline.sampling import Prompt, Response, compact, sample
 from pipeline.seeds import rng, uniforms
 from pipeline.serve import serving_of
 from pipeline.server import Ask, Journal, Reader, ServerConfig, Tally, ask
@@ -141,11 +140,6 @@ class Unit:
     members: tuple[int, ...]
     """Places in the split's list of prompts, longest prompt first."""
     prompts: tuple[Prompt, ...]
-
-
-def compact(tokens: Iterable[int]) -> Sequence[int]:
-    """Token ids at 4 bytes each: a list of Python's own numbers takes some 40."""
-    return array("I", tokens)
 
 
 def split_of(rows: Sequence[Mapping[str, Any]], split: str) -> list[Mapping[str, Any]]:
@@ -420,7 +414,7 @@ def served(
     assert isinstance(config.engine, ServerConfig)
     asks = [_ask(split, prompt, config) for split, some in prompts.items() for prompt in some]
     answers, tally = ask(asks, server=config.engine, reader=reader, journal=journal)
-    left = (None if one is None else _compacted(one) for one in answers)
+    left = iter(answers)
     return {split: [next(left) for _ in some] for split, some in prompts.items()}, tally
 
 

@@ -29,7 +29,7 @@ from pydantic import Field
 
 from pipeline.config import Strict
 from pipeline.provenance import Progress
-from pipeline.sampling import Prompt, Response
+from pipeline.sampling import Prompt, Response, compact
 from storage.errors import LkcacheError, TargetError, WorkspaceError
 from storage.workspace import digest
 
@@ -198,7 +198,7 @@ def _journal_lines(path: Path) -> Iterator[tuple[str, tuple[Response, bool]]]:
                 key, tokens, finished, drifted = json.loads(line)
             except ValueError:  # torn
                 continue
-            yield key, (Response(tokens, finished), drifted)
+            yield key, (Response(compact(tokens), finished), drifted)
 
 
 def _ends_whole(path: Path) -> bool:
@@ -449,7 +449,7 @@ def _believed(reply: _Reply, one: Ask, reader: Reader) -> Response:
             f"ended after {len(tokens)} tokens",
             "start it with a longer context and no limit of its own",
         )
-    return Response(tokens, finished)
+    return Response(compact(tokens), finished)
 
 
 def _require_prompt(counted: Any, one: Ask) -> None:
