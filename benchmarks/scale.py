@@ -3,7 +3,7 @@
     python -m benchmarks.scale PROJECT        # writes benchmarks/scale.md
 
 Measured on this machine: the rates of `PROJECT/timings`, the bytes of its cache, what `verify` and
-DVC take a byte, what a list of sequences takes in memory, what freeing prompts of repeats takes.
+DVC take a byte, what freeing prompts of repeats takes. Memory stands in `benchmarks/sequences.md`.
 Assumed, because no GPU is here: that a forward pass runs at `TFLOPS`. Everything else follows by
 the formula that stands in the table.
 """
@@ -16,13 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pipeline.duplicates import near_duplicates
-from storage.tables import SEQUENCES, read_table
 from storage.verify import check_cache
 from storage.workspace import read_json
 
@@ -78,16 +76,6 @@ def dvc_rates() -> dict[str, tuple[float, float]]:
         return {k: (cpu / gigabytes, clock / gigabytes) for k, (cpu, clock) in found.items()}
 
 
-def memory_a_token(path: Path) -> float:
-    """Bytes that a token of `sequences/` takes once it is read."""
-    read_table(path, SEQUENCES)  # what a first read keeps for itself
-    tracemalloc.start()
-    rows = read_table(path, SEQUENCES)
-    held, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    return held / sum(len(row["tokens"]) for row in rows)
-
-
 def texts(count: int) -> list[str]:
     """Made-up texts without repeats."""
     draw = random.Random(0)  # noqa: S311  of words, not of keys
@@ -122,7 +110,6 @@ def main(project: Path) -> None:
     verify_s = cpu_s(lambda: check_cache(cache, progress=lambda _: None)) / train_bytes
     made = texts(2 * TEXTS)
     repeats = [cpu_s(lambda n=n: near_duplicates(made[:n], 0.5)) / n for n in (TEXTS, 2 * TEXTS)]
-    held = memory_a_token(project / "sequences" / "train.parquet")
     dvc = dvc_rates()
     write_s = beside_s * tokens / stored
     measured = {
@@ -134,7 +121,6 @@ def main(project: Path) -> None:
         f"near-duplicates, {TEXTS:,} and {2 * TEXTS:,} texts of {WORDS} words, CPU a text": (
             " and ".join(f"{1e6 * each:.0f}" for each in repeats) + " µs"
         ),
-        "a token of `sequences/` in memory": f"{held:.1f} B",
         "files a part": str(part),
     }
     for name, (cpu, clock) in dvc.items():
@@ -183,10 +169,7 @@ def main(project: Path) -> None:
                 lambda n, w=width: span(n * w / 1e9 * dvc["push"][0]),
             ),
         ]
-    rows += [
-        ("files", "N / part · files", lambda n: f"{max(1, n / PART_TOKENS) * part:,.0f}"),
-        ("`sequences/` in memory", "N · bytes", lambda n: size(n * held, "B")),
-    ]
+    rows.append(("files", "N / part · files", lambda n: f"{max(1, n / PART_TOKENS) * part:,.0f}"))
     lines += [f"| {what} | {how} | " + " | ".join(map(f, TOKENS)) + " |" for what, how, f in rows]
     OUT.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(OUT.read_text(encoding="utf-8"))

@@ -29,7 +29,7 @@ from pipeline.teacher import dense_law, encode
 from pipeline.topk import Rule, truncate
 from storage.layout import Layout
 from storage.record import Record, supervised
-from storage.tables import SEQUENCES, read_table
+from storage.sequences import Sequences
 
 SAMPLES, FULL_MASS, MIN_MASS = 16, 0.05, 1e-4  # the defaults of params.yaml
 RULES: Mapping[str, tuple[float, int] | None] = {
@@ -47,12 +47,14 @@ BLOCK_ROWS = 1900
 def real_logits(project: Path, num_tokens: int) -> Iterator[Tensor]:
     """Blocks of logits [N, V] of supervised tokens."""
     target = load_target(project / "target")
-    rows = read_table(project / "sequences/train.parquet", SEQUENCES)
+    rows = Sequences.open(project / "sequences/train.parquet")
     waiting: list[Tensor] = []
-    for row in rows:
-        own = torch.from_numpy(supervised(np.asarray(row["turn"], np.int32)))
+    for row in (row for index in range(len(rows)) for row in rows.take([index])):
+        own = torch.from_numpy(supervised(row["turn"]))
         with torch.inference_mode():
-            hidden = target.forward(torch.tensor([row["tokens"]])).last_hidden[0, own]
+            hidden = target.forward(
+                torch.from_numpy(row["tokens"].astype(np.int64))[None]
+            ).last_hidden[0, own]
             waiting.append(target.logits(hidden).float())
         if sum(map(len, waiting)) >= min(BLOCK_ROWS, num_tokens):
             block, waiting = torch.cat(waiting)[:num_tokens].clone(), []

@@ -83,7 +83,8 @@ def write_cells(
             cells[f"{arm}-{form}" if index else arm] = _flow(**row, format=form)
     params["starts"], params["arms"], params["exports"] = starts, arms, cells
     for block in ("arms", "exports"):  # `starts` keeps the blank line of the section above it
-        params.yaml_set_comment_before_after_key(block, before="")
+        if block not in params.ca.items:  # as where the line hung on a cell that went
+            params.yaml_set_comment_before_after_key(block, before="")
 
 
 def dump(params: CommentedMap, path: Path) -> None:

@@ -18,7 +18,8 @@ from rich.text import Text
 from typer import Argument, Option
 
 from storage.errors import ConfigError, DataError
-from storage.tables import CONVERSATIONS, PROMPTS, SEQUENCES, open_table, read_table
+from storage.sequences import Sequences
+from storage.tables import CONVERSATIONS, PROMPTS, read_table
 from storage.workspace import read_json
 
 SEQUENCES_FOLDER, DATA, TARGET = Path("sequences"), Path("data"), Path("target")
@@ -77,18 +78,13 @@ def show(
 
 def _of_sequences(split: str, samples: int) -> tuple[list[Sample], str]:
     """Samples of `sequences/<split>.parquet`, and the whole split in a sentence."""
-    table = open_table(SEQUENCES_FOLDER / f"{split}.parquet", SEQUENCES)
-    at = _spread(table.num_rows, samples)
+    table = Sequences.open(SEQUENCES_FOLDER / f"{split}.parquet")
     found = [
-        Sample(row["id"], row["domain"], row["tokens"], row["turn"])
-        for row in table.take(at).to_pylist()
+        Sample(row["id"], row["domain"], row["tokens"].tolist(), row["turn"].tolist())
+        for row in table.take(_spread(len(table), samples))
     ]
-    column = table["turn"].combine_chunks()
-    ends = column.offsets.to_numpy()[1:] - column.offsets.to_numpy()[0]
-    mine = np.concatenate([[0], np.cumsum(column.flatten().to_numpy() >= 0)])
-    starts = np.concatenate([[0], ends[:-1]])
-    written, lengths = mine[ends] - mine[starts], ends - starts
-    told = f"{split}: {table.num_rows:,} sequences, {int(lengths.sum()):,} tokens, "
+    written, lengths = table.survey.written, table.survey.lengths
+    told = f"{split}: {len(table):,} sequences, {table.survey.num_tokens:,} tokens, "
     told += f"{100 * written.sum() / max(1, lengths.sum()):.1f} % of them supervised"
     for name, count in (("no", written == 0), ("only", written == lengths)):
         if count.any():

@@ -49,7 +49,7 @@ from storage.errors import CacheError
 from storage.layout import Layout
 from storage.reader import Cache
 from storage.record import Record, supervised
-from storage.tables import SEQUENCES, read_table
+from storage.sequences import Sequences
 
 # Rows of logits looked at together: 32 MB in float64.
 CHUNK_ELEMENTS = 1 << 22
@@ -216,12 +216,11 @@ def replay_unit(job: Job, unit: Sequence[Sample]) -> list[Found]:
 
 def _replay_one(target: Target, job: Job, sample: Sample) -> Found:
     cache = _opened(sample.cache, job.identity)
-    row = _table(sample.sequences, job.identity)[sample.index]
+    (row,) = _sequences(sample.sequences, job.identity).take([sample.index])
     record = cache.records([sample.index])[0]
     where = f"{sample.split} cache, sequence {record.id!r}"
-    if [record.id, record.tokens.tolist(), record.turn.tolist()] != [
-        row[key] for key in ("id", "tokens", "turn")
-    ]:
+    same = [np.array_equal(getattr(record, key), row[key]) for key in ("id", "tokens", "turn")]
+    if not all(same):
         raise _mismatch(
             f"{where} has another id, tokens or turns than row {sample.index} of "
             f"{sample.sequences.name}"
@@ -522,9 +521,9 @@ def _opened(path: Path, _identity: str) -> Cache:
     return Cache.open(path)
 
 
-@lru_cache(maxsize=8)
-def _table(path: Path, _identity: str) -> list[dict[str, Any]]:
-    return read_table(path, SEQUENCES)
+@lru_cache(maxsize=1)
+def _sequences(path: Path, _identity: str) -> Sequences:
+    return Sequences.open(path)
 
 
 def _mismatch(

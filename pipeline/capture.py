@@ -1,7 +1,7 @@
 """Sequences -> records of the cache: one teacher-forced pass of the target.
 
-    law   = law_of(rows, spec, path=...)                      # checks all, before a model loads
-    parts = plan(rows, ...)
+    law   = law_of(Sequences.open(path), spec)              # checks all, before a model loads
+    parts = plan(lengths, ...)
     done  = cluster.map(partial(begin_part, job), parts)    # a worker owns and writes whole parts
 
 A part is the unit of work: its batches are composed from its own sequences, so that neither workers
@@ -29,8 +29,8 @@ from pipeline.topk import Rule
 from storage.errors import DataError
 from storage.layout import VERSION, Layout
 from storage.manifest import GROUP, PartEntry, read_manifest
-from storage.record import Record, supervised
-from storage.tables import SEQUENCES, read_table
+from storage.record import Record
+from storage.sequences import Sequences, Survey
 from storage.workspace import digest, read_json, write_json
 from storage.writer import done_part, plan_parts, seal, stats_path, write_part
 
@@ -179,41 +179,44 @@ def layout_of(spec: TargetSpec, config: CaptureConfig) -> Layout:
     )
 
 
-def law_of(rows: Sequence[dict[str, Any]], spec: TargetSpec, *, path: Path) -> str:
+def law_of(rows: Sequences, spec: TargetSpec) -> str:
     """The law that all sequences of a file are samples of.
 
     `DataError` where there is none, where they mix laws, and where one is longer than the target's
     context, holds an id outside its vocabulary, or no token at all.
     """
     rerun = "run dvc repro generate, or correct the sequences"
-    laws = sorted({row["law"] for row in rows})
-    if len(laws) != 1:
+    found = rows.survey
+    if len(found.laws) != 1:
         raise DataError(
-            found=f"{path} has sequences of {' and '.join(laws) or 'no law: it is empty'}",
+            found=f"{rows.path} has sequences of "
+            f"{' and '.join(found.laws) or 'no law: it is empty'}",
             expected="at least one sequence, all of one law",
             todo=rerun,
         )
-    for row in rows:
-        tokens = row["tokens"]
-        problem = ""
-        if not 0 < len(tokens) == len(row["turn"]):
-            problem = f"has {len(tokens)} tokens and {len(row['turn'])} turns"
-        elif len(tokens) > spec.context_tokens:
-            problem = f"has {len(tokens)} tokens"
-        elif max(tokens) >= spec.vocab_size:
-            problem = f"holds the token id {max(tokens)}"
-        if problem:
-            raise DataError(
-                found=f"{path}: sequence {row['id']!r} {problem}",
-                expected=f"1 to {spec.context_tokens} tokens with a turn each, ids below "
-                f"{spec.vocab_size}",
-                todo=rerun,
-            )
-    return str(laws[0])
+    lengths, turns, largest = found.lengths, found.turns, found.largest
+    bad = (lengths == 0) | (lengths != turns)
+    bad |= (lengths > spec.context_tokens) | (largest >= spec.vocab_size)
+    if bad.any():
+        first = int(bad.argmax())
+        if not 0 < lengths[first] == turns[first]:
+            problem = f"has {lengths[first]} tokens and {turns[first]} turns"
+        elif lengths[first] > spec.context_tokens:
+            problem = f"has {lengths[first]} tokens"
+        else:
+            problem = f"holds the token id {largest[first]}"
+        (row,) = rows.take([first])
+        raise DataError(
+            found=f"{rows.path}: sequence {row['id']!r} {problem}",
+            expected=f"1 to {spec.context_tokens} tokens with a turn each, ids below "
+            f"{spec.vocab_size}",
+            todo=rerun,
+        )
+    return found.laws[0]
 
 
 def plan(
-    rows: Sequence[dict[str, Any]],
+    lengths: Sequence[int],
     *,
     sequences: Path,
     sequences_digest: str,
@@ -221,7 +224,7 @@ def plan(
     part_tokens: int,
 ) -> list[Part]:
     """The parts of a cache; their boundaries depend on lengths and parameters alone."""
-    ranges = plan_parts([len(row["tokens"]) for row in rows], part_tokens=part_tokens)
+    ranges = plan_parts(lengths, part_tokens=part_tokens)
     return [
         Part(
             sequences=sequences.absolute(),
@@ -253,7 +256,7 @@ def begin_part(job: Job, part: Part) -> Done | Later[Done]:
         fingerprint=job.fingerprint,
         device_map=job.device_map,
     )
-    rows = _table(part.sequences, part.sequences_digest)[part.start : part.stop]
+    rows = _opened(part.sequences, part.sequences_digest).take(range(part.start, part.stop))
     teacher = Pass(
         target,
         job.layout,
@@ -289,24 +292,22 @@ def _done(job: Job, part: Part) -> Done | None:
 
 
 @lru_cache(maxsize=1)
-def _table(path: Path, _digest: str) -> list[dict[str, Any]]:
-    """A split's sequences, kept between the parts that this process captures."""
-    return read_table(path, SEQUENCES)
+def _opened(path: Path, _digest: str) -> Sequences:
+    """A split's sequences, of which this process reads the group that its next part lies in."""
+    return Sequences.open(path)
 
 
-def least_bytes(layout: Layout, tables: Iterable[Sequence[dict[str, Any]]]) -> float:
+def least_bytes(layout: Layout, surveys: Iterable[Survey]) -> float:
     """What a cache takes at the least: its wide arrays alone, at half their raw size.
 
     bfloat16 states shrink to 0.73 (reference/offline_caches.md §4.3) and less only where they hold
     little; what does not fit by this figure will not fit at all.
     """
     wide = [array for array in layout.arrays() if len(array.dims) > 1]
-    counted = {array.dims[0] for array in wide}
     counts = {"token": 0, "row": 0}
-    for row in (row for table in tables for row in table):
-        counts["token"] += len(row["tokens"])
-        if "row" in counted:
-            counts["row"] += int(supervised(np.array(row["turn"])).sum())
+    for survey in surveys:
+        counts["token"] += survey.num_tokens
+        counts["row"] += int(survey.supervised.sum(dtype=np.int64))
     raw = [
         counts[a.dims[0]] * math.prod(layout.width(a)) * np.dtype(a.dtype).itemsize for a in wide
     ]

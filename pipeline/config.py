@@ -7,6 +7,8 @@ file, the key, what was found and what was expected. YAML 1.2 through ruamel.yam
 """
 
 from collections.abc import Mapping
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +29,10 @@ class Strict(BaseModel):
 
 
 def read_params(path: Path = PARAMS) -> dict[str, Any]:
-    """All sections of a parameter file as plain values; `ConfigError` if it is no mapping."""
+    """All sections of a parameter file as plain values; `ConfigError` if it is no mapping.
+
+    The file is read at every call and parsed once for each content; the values are the caller's.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -37,7 +42,7 @@ def read_params(path: Path = PARAMS) -> dict[str, Any]:
             todo="run from the project's root, where dvc.yaml lies",
         ) from None
     try:
-        params = YAML(typ="safe", pure=True).load(text)
+        params = deepcopy(_parsed(text))
     except YAMLError as error:
         raise ConfigError(
             found=f"{path} is not YAML: {' '.join(str(error).split())}",
@@ -51,6 +56,12 @@ def read_params(path: Path = PARAMS) -> dict[str, Any]:
             todo=f"mend {path}",
         )
     return params
+
+
+@lru_cache(maxsize=4)
+def _parsed(text: str) -> Any:
+    """Kept, as a stage loads several sections: parsing takes 40 ms, a copy a quarter of one."""
+    return YAML(typ="safe", pure=True).load(text)
 
 
 def parse(section: str, value: object, model: type[T] | Any, *, path: Path = PARAMS) -> T:

@@ -44,12 +44,15 @@ def _candidates(sets: list[np.ndarray], threshold: float) -> np.ndarray:
         owners.append(np.full(len(prefix), document))
     key, owner = np.concatenate(keys), np.concatenate(owners)
     order = np.lexsort((owner, key))
-    groups = np.split(owner[order], np.flatnonzero(np.diff(key[order])) + 1)
+    key, owner = key[order], owner[order]
+    # most shingles stand in one text alone: an array for each of them would outweigh the texts
+    starts = np.flatnonzero(np.diff(key, prepend=-1))
+    sizes = np.diff(starts, append=len(key))
+    several = sizes > 1
     pairs = [
-        np.stack([group[i], group[j]], axis=1)
-        for group in groups
-        if len(group) > 1
-        for i, j in [np.triu_indices(len(group), 1)]
+        np.stack([owner[start + i], owner[start + j]], axis=1)
+        for start, size in zip(starts[several], sizes[several], strict=True)
+        for i, j in [np.triu_indices(size, 1)]
     ]
     return np.unique(np.concatenate(pairs), axis=0) if pairs else np.zeros((0, 2), np.int64)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import ConfigError, DataError
-from storage.tables import SEQUENCES, read_table
+from storage.sequences import Sequences
 from storage.workspace import read_json, scratch_root
 
 # bytes of a kept entry on disk: 103 B at 39.7 entries a token, tail mass included (the reference
@@ -109,7 +109,7 @@ def token_counts(params: Mapping[str, Any], root: Path) -> tuple[dict[str, int],
     """Tokens of each split: counted from `sequences/`, else the limits of the parameters."""
     try:
         counted = {
-            split: sum(len(row["tokens"]) for row in read_table(path, SEQUENCES))
+            split: Sequences.open(path).num_tokens
             for split in ("train", "heldout", "greedy")
             for path in [root / "sequences" / f"{split}.parquet"]
         }

@@ -2,8 +2,9 @@
 
     prompts = {"train": encode(rows, tokenizer, ...), ...}   # ids, within the target's context
     responses, seconds = answer(prompts, job=job, ...)       # batches fixed by the prompts
-    tables = {"train": sequence_rows(prompts["train"], responses["train"], "T=1"), ...}
+    rows = {"train": sequence_rows(prompts["train"], responses["train"], "T=1"), ...}
 
+Prompts and responses that wait are 4 bytes a token (`compact`); rows are made as they are written.
 Every sequence draws from uniforms of its own (seed, split, prompt), so that who shares a batch with
 it changes rounding only, and the number of workers nothing at all. `pipeline.sampling` samples.
 """
@@ -11,27 +12,30 @@ it changes rounding only, and the number of workers nothing at all. `pipeline.sa
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from pipeline.chat import Message, has_template, prompt_tokens, speak
 from pipeline.cluster import Cluster
 from pipeline.config import Strict
 from pipeline.provenance import Progress
-from pipeline.sampling import Prompt, Response, sample
+from pipeline.sampling import Prompt, Response, compact, sample
 from pipeline.seeds import rng, uniforms
 from pipeline.serve import serving_of
 from pipeline.server import Ask, Journal, Reader, ServerConfig, Tally, ask
 from pipeline.setting import Names, Setting
 from pipeline.target import DeviceMap, resident_target
 from storage.errors import DataError
+from storage.sequences import Row, Sequences
 from storage.workspace import read_json, write_json
 
 TRAIN, HELDOUT = "train", "heldout"
@@ -203,7 +207,7 @@ def encode(
                 todo="lower generate.max_prompt_tokens or generate.max_new_tokens",
             )
         response = row.get("response") or _only_reply(row)
-        prompts.append(Prompt(row["id"], row["domain"], tuple(tokens), response))
+        prompts.append(Prompt(row["id"], row["domain"], compact(tokens), response))
     if not prompts:
         raise DataError(
             found="every prompt of a split is longer than generate.max_prompt_tokens, "
@@ -272,7 +276,7 @@ def sample_unit(job: Job, unit: Unit) -> Answer:
         serving=serving_of(Setting.parse(LAWS.get(unit.split, unit.split))),
     )
     seconds = time.perf_counter() - started
-    rows = [[response.tokens, response.finished] for response in responses]
+    rows = [[list(response.tokens), response.finished] for response in responses]
     write_json(path, {"responses": rows, "seconds": seconds})
     return Answer(responses, seconds)
 
@@ -307,7 +311,7 @@ def _data_response(
         raise _no_response(prompt.id)
     tokens = list(tokenizer(prompt.response, add_special_tokens=False)["input_ids"])
     tokens = [*tokens, *eos_ids[:1]][: config.max_new_tokens]
-    return Response(tokens, bool(tokens) and tokens[-1] in eos_ids)
+    return Response(compact(tokens), bool(tokens) and tokens[-1] in eos_ids)
 
 
 def conversation_rows(
@@ -350,8 +354,8 @@ def conversation_rows(
                 {
                     "id": row["id"] if len(records) == 1 else f"{row['id']}#{number}",
                     "domain": row["domain"],
-                    "tokens": tokens,
-                    "turn": turn,
+                    "tokens": np.array(tokens, np.uint32),
+                    "turn": np.array(turn, np.int32),
                     "law": DATA_LAW,
                     "finished": turn[-1] >= 0 and tokens[-1] in eos_ids,
                 }
@@ -390,7 +394,7 @@ def answer(
         for unit, done in zip(units, answers, strict=True):
             seconds += done.seconds
             for member, response in zip(unit.members, done.responses, strict=True):
-                placed[unit.split, member] = response
+                placed[unit.split, member] = _compacted(response)
             line.add(len(unit.members))
     responses = {
         split: [placed[split, place] for place in range(len(some))]
@@ -412,6 +416,10 @@ def served(
     answers, tally = ask(asks, server=config.engine, reader=reader, journal=journal)
     left = iter(answers)
     return {split: [next(left) for _ in some] for split, some in prompts.items()}, tally
+
+
+def _compacted(response: Response) -> Response:
+    return replace(response, tokens=compact(response.tokens))
 
 
 def _ask(split: str, prompt: Prompt, config: GenerateConfig) -> Ask:
@@ -469,45 +477,41 @@ def law_of(split: str, engine: str | ServerConfig) -> str:
 
 def sequence_rows(
     prompts: Iterable[Prompt], responses: Iterable[Response], law: str
-) -> list[dict[str, Any]]:
-    """Rows of `storage.tables.SEQUENCES`, in the order of the prompts."""
-    return [
-        {
+) -> Iterator[Row]:
+    """Rows of `storage.tables.SEQUENCES` in the order of the prompts, made one by one."""
+    for prompt, response in zip(prompts, responses, strict=True):
+        pair = [np.asarray(one.tokens, np.uint32) for one in (prompt, response)]
+        yield {
             "id": prompt.id,
             "domain": prompt.domain,
-            "tokens": [*prompt.tokens, *response.tokens],
-            "turn": [-1] * len(prompt.tokens) + [0] * len(response.tokens),
+            "tokens": np.concatenate(pair),
+            "turn": np.repeat(np.array([-1, 0], np.int32), [len(one) for one in pair]),
             "law": law,
             "finished": response.finished,
         }
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]
 
 
-def count(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+def count(tables: Mapping[str, Sequences]) -> dict[str, Any]:
     """Metrics by split: sequences, tokens, share that ended, mean response length by domain."""
-
-    def mean(rows: Sequence[Mapping[str, Any]], of: Callable[[Mapping[str, Any]], float]) -> float:
-        return round(sum(map(of, rows)) / len(rows), 6)
-
-    def response_tokens(row: Mapping[str, Any]) -> float:
-        return float(sum(turn >= 0 for turn in row["turn"]))
-
     metrics = {}
-    for split, rows in tables.items():
-        domains = sorted({row["domain"] for row in rows})
-        by_domain = {d: [row for row in rows if row["domain"] == d] for d in domains}
+    for split, table in tables.items():
+        found = table.survey
         metrics[split] = {
-            "sequences": len(rows),
-            "tokens": sum(len(row["tokens"]) for row in rows),
-            "response_tokens": int(sum(map(response_tokens, rows))),
-            "finished_share": mean(rows, lambda row: float(row["finished"])),
-            "mean_response_tokens": mean(rows, response_tokens),
+            "sequences": len(table),
+            "tokens": found.num_tokens,
+            "response_tokens": int(found.written.sum(dtype=np.int64)),
+            "finished_share": _mean(found.finished),
+            "mean_response_tokens": _mean(found.written),
             "mean_response_tokens_by_domain": {
-                domain: mean(some, response_tokens) for domain, some in by_domain.items()
+                name: _mean(found.written[found.domain == code])
+                for code, name in enumerate(found.domains)
             },
         }
     return metrics
+
+
+def _mean(values: NDArray[Any]) -> float:
+    return round(int(values.sum(dtype=np.int64)) / len(values), 6)
 
 
 def times(metrics: Mapping[str, Any], *, wall_s: float, worked_s: float) -> dict[str, float]:

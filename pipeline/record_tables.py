@@ -82,7 +82,11 @@ def speed_tables(results: Results, timings: Mapping[str, Json]) -> list[Table]:
         Column("draft_step_ms", "draft step, ms", digits=2),
         Column("target_step_ms", "target pass, ms", digits=2),
     ]
-    caption = "Measured decoding speed, in batches; short runs on one machine, no result"
+    caption = (
+        "Measured decoding speed, in batches; short runs on one machine, no result. A batch ends "
+        "with its slowest row and shrinks until then, whereas the expected speed-up takes full "
+        "batches throughout: what is measured may lie well below it"
+    )
     return [Table(caption, columns, rows)] if rows else []
 
 
@@ -173,7 +177,9 @@ def speedup_tables(results: Results, found: Findings, timings: Mapping[str, Json
     ]
     caption = (
         "Best γ and expected speed-up τ·c / (γ·c_draft + c_verify), from replay's τ and the step "
-        "times measured in this run's batches; an expectation for this machine, no result"
+        "times measured in this run's batches; an expectation for this machine, no result. It "
+        "takes full batches throughout, whereas the measured decoding speed is of batches that end "
+        "with their slowest row"
     )
     return [Table(caption, columns, rows)] if rows else []
 

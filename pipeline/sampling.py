@@ -6,7 +6,8 @@ only. Knows no file, no split and no tokenizer.
 Dims: B rows of a batch, Q prompt tokens (padded), V vocabulary, G response tokens.
 """
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,7 @@ class Prompt:
 
     id: str
     domain: str
-    tokens: tuple[int, ...]
+    tokens: Sequence[int]
     response: str | None = None
     """The data's own."""
 
@@ -37,9 +38,14 @@ class Prompt:
 class Response:
     """What followed a prompt."""
 
-    tokens: list[int]
+    tokens: Sequence[int]
     """The end-of-sequence token included, where there was one."""
     finished: bool
+
+
+def compact(tokens: Iterable[int]) -> Sequence[int]:
+    """Token ids at 4 bytes each: a list of Python's own numbers takes some 40."""
+    return array("I", tokens)
 
 
 def sample(

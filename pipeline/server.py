@@ -29,7 +29,7 @@ from pydantic import Field
 
 from pipeline.config import Strict
 from pipeline.provenance import Progress
-from pipeline.sampling import Prompt, Response
+from pipeline.sampling import Prompt, Response, compact
 from storage.errors import LkcacheError, TargetError, WorkspaceError
 from storage.workspace import digest
 
@@ -181,7 +181,7 @@ class Journal:
 
     def put(self, key: str, response: Response, *, drifted: bool) -> None:
         """Note an answer; after this returns a kill of the process cannot lose it."""
-        row = [key, response.tokens, response.finished, drifted]
+        row = [key, list(response.tokens), response.finished, drifted]
         line = json.dumps(row, separators=(",", ":")).encode() + b"\n"
         with self._write:
             self._known[key] = response, drifted
@@ -198,7 +198,7 @@ def _journal_lines(path: Path) -> Iterator[tuple[str, tuple[Response, bool]]]:
                 key, tokens, finished, drifted = json.loads(line)
             except ValueError:  # torn
                 continue
-            yield key, (Response(tokens, finished), drifted)
+            yield key, (Response(compact(tokens), finished), drifted)
 
 
 def _ends_whole(path: Path) -> bool:
@@ -449,7 +449,7 @@ def _believed(reply: _Reply, one: Ask, reader: Reader) -> Response:
             f"ended after {len(tokens)} tokens",
             "start it with a longer context and no limit of its own",
         )
-    return Response(tokens, finished)
+    return Response(compact(tokens), finished)
 
 
 def _require_prompt(counted: Any, one: Ask) -> None:
@@ -506,7 +506,7 @@ def _read_vllm(value: Any, one: Ask, reader: Reader) -> _Reply:
             "responses train and are never replayed",
         )
     _require_prompt(counted, one)
-    if echoed is not None and tuple(echoed) != one.prompt.tokens:
+    if echoed is not None and list(echoed) != list(one.prompt.tokens):
         _require_prompt("other ids", one)
     return _Reply(list(tokens), ended, _stop_id(matched, reader))
 
@@ -559,9 +559,10 @@ def _text_body(one: Ask, reader: Reader) -> dict[str, Any]:
 
 def _text_of(prompt: Prompt, tokenizer: Any) -> str:
     """Text that encodes to the prompt's ids, with or without the token that begins a text."""
-    for tokens in (prompt.tokens, prompt.tokens[1:]):
+    whole = list(prompt.tokens)
+    for tokens in (whole, whole[1:]):
         text = str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
-        if tuple(tokenizer(text)["input_ids"]) == prompt.tokens:
+        if list(tokenizer(text)["input_ids"]) == whole:
             return text
     raise TargetError(
         found=f"no text encodes to the tokens of prompt {prompt.id!r}",

@@ -16,8 +16,9 @@ from pipeline.cluster import ClusterConfig, device, device_map
 from pipeline.config import load
 from pipeline.estimate import Line
 from pipeline.target import read_spec
+from storage.sequences import Sequences
 from storage.shard import METADATA
-from storage.tables import SEQUENCES, read_table, write_table
+from storage.tables import SEQUENCES, write_table
 from storage.workspace import file_digest, scratch_root
 
 SEQUENCES_TRIED = 32
@@ -30,10 +31,10 @@ def trial(root: Path, *, num_tokens: int) -> list[Line]:
     cluster: ClusterConfig = load("cluster", ClusterConfig, path=root / "params.yaml")
     target, source = root / "target", root / "sequences" / "train.parquet"
     spec = read_spec(target)
-    table = read_table(source, SEQUENCES)
-    law_of(table, spec, path=source)
+    table = Sequences.open(source)
+    law_of(table, spec)
     step = max(1, len(table) // SEQUENCES_TRIED)
-    picked = table[::step][:SEQUENCES_TRIED]
+    picked = table.take(range(0, len(table), step)[:SEQUENCES_TRIED])
     job = Job(
         target.absolute(),
         spec.fingerprint,
@@ -48,7 +49,7 @@ def trial(root: Path, *, num_tokens: int) -> list[Line]:
         sample = Path(folder, "train.parquet")
         write_table(sample, SEQUENCES, picked)
         parts = plan(
-            picked,
+            [len(row["tokens"]) for row in picked],
             sequences=sample,
             sequences_digest=file_digest(sample),
             cache=Path(folder, "train.zarr"),

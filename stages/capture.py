@@ -20,7 +20,7 @@ from pipeline.config import load
 from pipeline.provenance import run
 from pipeline.target import home_of, read_head, read_spec
 from pipeline.teacher import served_law
-from storage.tables import SEQUENCES, read_table
+from storage.sequences import Sequences
 from storage.workspace import Workspace, file_digest, write_json
 
 TARGET, SEQUENCES_FOLDER = Path("target"), Path("sequences")
@@ -40,8 +40,9 @@ def main() -> None:
     served = {path.stem: path for path in sorted(SEQUENCES_FOLDER.glob("served/*.parquet"))}
     caches = CACHES | {law: SERVED / f"{law}.zarr" for law in served}
     files |= served
-    tables = {split: read_table(path, SEQUENCES) for split, path in files.items()}
-    laws = {split: law_of(tables[split], spec, path=path) for split, path in files.items()}
+    tables = {split: Sequences.open(path) for split, path in files.items()}
+    laws = {split: law_of(table, spec) for split, table in tables.items()}
+    surveys = {split: table.survey for split, table in tables.items()}
     digests = {split: file_digest(path) for split, path in files.items()}
     head = {"head": read_head(TARGET).digest} if layout.mode == "rebuild" else {}
     fingerprint = fingerprint_of(spec, config, digests | head)
@@ -53,18 +54,18 @@ def main() -> None:
             return
         parts = {
             split: plan(
-                table,
+                survey.lengths.data,
                 sequences=files[split],
                 sequences_digest=digests[split],
                 cache=workspace.path(caches[split]),
                 part_tokens=config.part_tokens,
             )
-            for split, table in tables.items()
+            for split, survey in surveys.items()
         }
         where, places = device(cluster), device_map(cluster)
         job = Job(TARGET.absolute(), spec.fingerprint, where, config, layout, places)
-        num_tokens = sum(len(row["tokens"]) for table in tables.values() for row in table)
-        least = least_bytes(layout, tables.values())
+        num_tokens = sum(survey.num_tokens for survey in surveys.values())
+        least = least_bytes(layout, surveys.values())
         workspace.require_room("the cache", left=least, total=least)
         started = time.perf_counter()
         with open_cluster(cluster, threads=config.threads) as workers:

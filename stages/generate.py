@@ -3,6 +3,7 @@
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from pipeline.provenance import run
 from pipeline.sampling import Prompt, Response
 from pipeline.server import Journal, Reader, ServerConfig
 from pipeline.target import TargetSpec, home_of, load_tokenizer, read_spec
+from storage.sequences import Row, Sequences
 from storage.tables import CONVERSATIONS, PROMPTS, SEQUENCES, read_table, write_table
 from storage.workspace import SCRATCH, Workspace, digest, file_digest, scratch_root, write_json
 
@@ -62,6 +64,7 @@ def main() -> None:
         shared: dict[str, Any] = {"config": config, "context_tokens": spec.context_tokens}
         started = time.perf_counter()
         told: dict[str, Any] = {}
+        tables: dict[str, Iterable[Row]]
         if config.engine == "none" and has_template(tokenizer):
             tables = {
                 split: conversation_rows(
@@ -91,9 +94,11 @@ def main() -> None:
                 for split, some in prompts.items()
             }
         wall_s = time.perf_counter() - started
-        for split, table in tables.items():
-            write_table(workspace.path(OUT) / file_of(split), SEQUENCES, table)
-        metrics = _with_left_out(count(tables), left_out)
+        files = {split: workspace.path(OUT) / file_of(split) for split in tables}
+        for split, path in files.items():
+            write_table(path, SEQUENCES, tables[split])
+        written = {split: Sequences.open(path) for split, path in files.items()}
+        metrics = _with_left_out(count(written), left_out)
         write_json(workspace.path(METRICS), metrics | told)
         timings = times(metrics, wall_s=wall_s, worked_s=worked_s)
         write_json(workspace.path(TIMINGS), timings)

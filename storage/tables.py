@@ -14,7 +14,7 @@ size, one codec.
 | `STRATA` | the same over all prompts' anchors of one kind: by place in the response, by entropy |
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ import pyarrow.parquet as pq
 
 from storage.errors import DataError
 
+GROUP_ROWS = 65_536
+GROUP_VALUES = 1 << 22
+"""16 MB of token ids, and as much of their turns."""
 DOCUMENTS = pa.schema(
     [("id", pa.string()), ("domain", pa.string()), ("split", pa.string()), ("text", pa.string())]
 )
@@ -114,28 +117,65 @@ STRATA = pa.schema(
 
 
 def write_table(path: Path, schema: pa.Schema, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows to `path`; every row must hold exactly the schema's columns."""
-    table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    """Write rows to `path`; every row must hold exactly the schema's columns.
+
+    Rows are taken a row group at a time, so that a generator's are never in memory together. A
+    group ends with `GROUP_ROWS` rows or, where it holds lists, before `GROUP_VALUES` values of one
+    of them: what a reader holds at once.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path, compression="zstd", row_group_size=65_536)
+    lists = [field.name for field in schema if pa.types.is_list(field.type)]
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for group in _groups(rows, lists):
+            table = pa.Table.from_pylist(group, schema=schema)
+            writer.write_table(table, row_group_size=GROUP_ROWS)
 
 
-def open_table(path: Path, schema: pa.Schema) -> pa.Table:
-    """The columns of a table; `DataError` where the file is missing or its columns differ."""
+def _groups(
+    rows: Iterable[Mapping[str, Any]], lists: Sequence[str]
+) -> Iterator[list[dict[str, Any]]]:
+    """Runs of rows; one of no row where there is none."""
+    group: list[dict[str, Any]] = []
+    values, any_yet = 0, False
+    for row in rows:
+        given = [row[name] for name in lists if row.get(name) is not None]
+        own = max(map(len, given), default=0)
+        if group and (len(group) == GROUP_ROWS or values + own > GROUP_VALUES):
+            yield group
+            group, values, any_yet = [], 0, True
+        group.append(dict(row))
+        values += own
+    if group or not any_yet:
+        yield group
+
+
+def open_parquet(
+    path: Path, schema: pa.Schema, *, buffer_bytes: int | None = None
+) -> pq.ParquetFile:
+    """A table's file, of which the footer is read; `DataError` as `open_table`.
+
+    buffer_bytes: what a column is read by at a time; None: a row group's column at once.
+    """
     if not path.is_file():
         raise DataError(
             found=f"no file {path}",
             expected="the table that an earlier stage writes",
             todo="run dvc repro",
         )
-    table = pq.read_table(path)
-    if not table.schema.equals(schema):
+    file = pq.ParquetFile(path, buffer_size=buffer_bytes or 0, pre_buffer=False)
+    if not file.schema_arrow.equals(schema):
         raise DataError(
-            found=f"{path} has columns {', '.join(table.schema.names)}",
+            found=f"{path} has columns {', '.join(file.schema_arrow.names)}",
             expected=f"{', '.join(schema.names)} with this version's types",
             todo="run dvc repro, so that the stage writes it anew",
         )
-    return table
+    return file
+
+
+def open_table(path: Path, schema: pa.Schema) -> pa.Table:
+    """The columns of a table; `DataError` where the file is missing or its columns differ."""
+    with open_parquet(path, schema) as file:
+        return file.read()
 
 
 def read_table(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:

@@ -42,6 +42,26 @@ def test_use_says_what_changed(project: Path, capsys: pytest.CaptureFixture[str]
     assert (project / "params.yaml").read_bytes() == Path("presets/embedded.yaml").read_bytes()
 
 
+@pytest.mark.parametrize("preset", ["ablation", "smoke", "first-try"])
+def test_one_blank_line_stands_before_a_section(project: Path, preset: str) -> None:
+    use(preset)
+    matrix(["lm:0:kl"] if preset != "first-try" else ["medusa:0:kl"])
+    for written in (compose(project / "presets", preset), yaml().load(Path("params.yaml"))):
+        dump(written, Path("params.yaml"))
+        text = Path("params.yaml").read_text(encoding="utf-8")
+        assert "\n\n\n" not in text
+        assert all(f"\n\n{block}:" in text for block in ("starts", "arms", "exports"))
+
+
+def test_a_blank_line_that_went_with_a_cell_is_written_again(project: Path) -> None:
+    path = project / "params.yaml"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("\n\narms:", "\narms:").replace("\n\nexports:", "\nexports:"))
+    matrix(["lm:0:kl"])
+    text = path.read_text(encoding="utf-8")
+    assert all(f"\n\n{block}:" in text for block in ("starts", "arms", "exports"))
+
+
 def test_an_unknown_preset_lists_those_there_are(project: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"preset 'tiny'; expected one of .*embedded, .*full, .*smoke"

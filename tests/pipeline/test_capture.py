@@ -16,6 +16,8 @@ from pipeline.teacher import Pass, batches
 from storage.codecs import decode_int8, decode_p, from_bf16_bits, int8_error, p_error
 from storage.errors import DataError, TargetError
 from storage.record import Record, supervised
+from storage.sequences import Sequences
+from storage.tables import SEQUENCES, write_table
 from tests.pipeline.test_topk import Widest
 from tests.targets import target_of
 
@@ -39,7 +41,6 @@ PARAMS: dict[str, Any] = {
 KNOBS = ("keep", "min_prob", "max_kept", "tail_samples", "tail_full_mass", "tail_min_mass")
 WHOLE: dict[str, Any] = dict.fromkeys(KNOBS)
 """What the modes that keep whole laws do not read."""
-FILE = Path("sequences/train.parquet")
 
 
 def config_of(**changes: Any) -> CaptureConfig:
@@ -56,6 +57,12 @@ def rows_of(count: int = 7) -> list[dict[str, Any]]:
         tokens = rng.integers(0, 64, length).tolist()
         rows.append({"id": f"s{i}", "domain": "d", "tokens": tokens, "turn": turn, "law": "T=1"})
     return rows
+
+
+def file_of(folder: Path, rows: list[dict[str, Any]]) -> Sequences:
+    path = folder / "train.parquet"
+    write_table(path, SEQUENCES, [{"finished": True, **row} for row in rows])
+    return Sequences.open(path)
 
 
 @pytest.fixture(scope="module")
@@ -186,21 +193,22 @@ def test_logits_that_are_not_finite_name_sequence_and_position(
     ],
 )
 def test_a_sequence_that_does_not_fit_is_named(
-    target: Target, change: dict[str, Any], said: str
+    target: Target, tmp_path: Path, change: dict[str, Any], said: str
 ) -> None:
     rows = rows_of()
     rows[4] = {**rows[4], **change}
+    rows[6] = {**rows[6], "tokens": [], "turn": []}  # a later one is not named
     with pytest.raises(DataError, match=f"train.parquet: sequence 's4' {said}; .* ids below 64"):
-        law_of(rows, target.spec, path=FILE)
+        law_of(file_of(tmp_path, rows), target.spec)
 
 
-def test_sequences_of_two_laws_are_refused(target: Target) -> None:
+def test_sequences_of_two_laws_are_refused(target: Target, tmp_path: Path) -> None:
     rows = rows_of()
-    assert law_of(rows, target.spec, path=FILE) == "T=1"
+    assert law_of(file_of(tmp_path, rows), target.spec) == "T=1"
     with pytest.raises(DataError, match=r"sequences of T=1 and data; expected .* all of one law"):
-        law_of([*rows, {**rows[0], "law": "data"}], target.spec, path=FILE)
+        law_of(file_of(tmp_path, [*rows, {**rows[0], "law": "data"}]), target.spec)
     with pytest.raises(DataError, match="no law: it is empty; expected at least one sequence"):
-        law_of([], target.spec, path=FILE)
+        law_of(file_of(tmp_path, []), target.spec)
 
 
 def test_the_last_index_is_no_hidden_layer(target: Target) -> None:

@@ -62,3 +62,14 @@ def test_a_missing_file_and_a_broken_one_are_told_apart(tmp_path: Path) -> None:
         read_params(file(tmp_path, "a: [1,"))
     with pytest.raises(ConfigError, match="holds list; expected a mapping"):
         read_params(file(tmp_path, "[1]"))
+
+
+def test_values_are_the_callers_own_and_follow_the_file(tmp_path: Path) -> None:
+    """A parsed file is kept, by its content: what a caller does to its copy reaches no other."""
+    path = file(tmp_path, "a: {steps: 1, lr: [1.0]}")
+    first = read_params(path)
+    first["a"]["lr"].append(2.0)
+    first["b"] = 3
+    assert read_params(path) == {"a": {"steps": 1, "lr": [1.0]}}
+    path.write_text("a: {steps: 2, lr: [1.0]}", encoding="utf-8")  # of the same length
+    assert read_params(path)["a"]["steps"] == 2

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from pipeline.sampling import Prompt, choose, sample
 from pipeline.seeds import uniforms
 from pipeline.target import Target
 from storage.errors import DataError, TargetError
+from storage.sequences import Sequences
+from storage.tables import SEQUENCES, write_table
 from tests.targets import target_of
 
 CONFIG = GenerateConfig(
@@ -149,19 +152,19 @@ def row(text: str, **more: Any) -> dict[str, Any]:
 
 def test_a_long_prompt_keeps_its_end() -> None:
     found = encode([row("abcdefghij")], Words(), config=CONFIG, context_tokens=18)
-    assert found[0].tokens == tuple(map(ord, "efghij"))
+    assert tuple(found[0].tokens) == tuple(map(ord, "efghij"))
 
 
 def test_a_chat_model_reads_its_template() -> None:
     found = encode([row("ab")], Words("yes"), config=CONFIG, context_tokens=18)
-    assert found[0].tokens == tuple(map(ord, "<ab>"))
+    assert tuple(found[0].tokens) == tuple(map(ord, "<ab>"))
 
 
 def test_a_long_prompt_of_a_chat_model_is_left_out_and_counted() -> None:
     left_out: Counter[str] = Counter()
     rows = [row("ab"), row("abcdefgh")]
     found = encode(rows, Words("yes"), config=CONFIG, context_tokens=18, left_out=left_out)
-    assert [prompt.tokens for prompt in found] == [tuple(map(ord, "<ab>"))]
+    assert [tuple(prompt.tokens) for prompt in found] == [tuple(map(ord, "<ab>"))]
     assert left_out == {"a long prompt": 1}
     with pytest.raises(
         DataError, match=r"every prompt of a split is longer than .*tokens, 6; expec"
@@ -191,7 +194,7 @@ def test_a_target_without_a_template_reads_one_turn_and_its_reply() -> None:
     (found,) = encode(
         [row("hi", messages=[USER, REPLY])], Words(), config=CONFIG, context_tokens=18
     )
-    assert (found.tokens, found.response) == (tuple(map(ord, "hi")), "so")
+    assert (tuple(found.tokens), found.response) == (tuple(map(ord, "hi")), "so")
     with pytest.raises(
         DataError, match=r"'x' of 3 messages \(user, assistant, user\); .*no chat tem"
     ):
@@ -222,8 +225,8 @@ def test_the_data_answers_where_no_engine_does() -> None:
     ]
     found = data_responses({"train": prompts}, Words(), config=CONFIG, eos_ids=[7])["train"]
     assert [response.finished for response in found] == [True, False]
-    assert found[0].tokens == [ord("x"), ord("y"), 7]
-    assert found[1].tokens == list(map(ord, "0123456789ab"))
+    assert list(found[0].tokens) == [ord("x"), ord("y"), 7]
+    assert list(found[1].tokens) == list(map(ord, "0123456789ab"))
 
 
 def test_data_without_a_response_is_named() -> None:
@@ -231,7 +234,7 @@ def test_data_without_a_response_is_named() -> None:
         data_responses({"train": [Prompt("a", "d", (1,))]}, Words(), config=CONFIG, eos_ids=[7])
 
 
-def test_rows_and_counts_say_what_was_written() -> None:
+def test_rows_and_counts_say_what_was_written(tmp_path: Path) -> None:
     prompts = [Prompt("a", "d", (1, 2)), Prompt("b", "e", (1,))]
     found = data_responses(
         {
@@ -243,10 +246,11 @@ def test_rows_and_counts_say_what_was_written() -> None:
         config=CONFIG,
         eos_ids=[7],
     )["train"]
-    rows = sequence_rows(prompts, found, "data")
-    assert rows[0]["turn"] == [-1, -1, 0, 0, 0]
+    rows = list(sequence_rows(prompts, found, "data"))
+    assert rows[0]["turn"].tolist() == [-1, -1, 0, 0, 0]
     assert rows[0]["law"] == "data"
-    assert count({"train": rows})["train"] == {
+    write_table(tmp_path / "train.parquet", SEQUENCES, rows)
+    assert count({"train": Sequences.open(tmp_path / "train.parquet")})["train"] == {
         "sequences": 2,
         "tokens": 10,
         "response_tokens": 7,

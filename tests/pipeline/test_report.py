@@ -261,6 +261,15 @@ def test_the_best_gamma_weighs_draft_and_target_steps(report: Report) -> None:
     assert float(found["speedup_decoded"]) == pytest.approx(gains[4], rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["speed", "speedup"])
+def test_where_speed_is_shown_it_says_that_only_the_expectation_takes_full_batches(
+    report: Report, name: str
+) -> None:
+    caption = report.files[f"{name}.md"].splitlines()[0]
+    assert "full batches throughout" in caption
+    assert re.search(r"ends? with (its|their) slowest row", caption)
+
+
 def test_acceptance_is_shown_by_entropy_and_place(report: Report) -> None:
     rows = list(csv.DictReader(io.StringIO(report.files["entropy.csv"])))
     assert {r["where"] for r in rows} == {"0 to 0.5", "0.5 and more"}

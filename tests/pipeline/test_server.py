@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 import pipeline.server
 from pipeline.generate import GREEDY, HELDOUT, TRAIN, GenerateConfig, law_of, without_failures
-from pipeline.sampling import Prompt, Response
+from pipeline.sampling import Prompt, Response, compact
 from pipeline.server import Ask, Journal, Reader, ServerConfig, Tally, ask
 from storage.errors import DataError, TargetError, WorkspaceError
 from tests.targets import tokenizer
@@ -154,7 +154,7 @@ def test_ids_go_in_and_come_out_in_the_order_of_the_prompts(serve: Any, tmp_path
 
     fake = serve(slow)
     found, tally = asked(tmp_path, config(fake.url + "/v1/"))
-    wanted = [Response(written({"prompt": one.prompt.tokens}), True) for one in ASKS]
+    wanted = [Response(compact(written({"prompt": one.prompt.tokens})), True) for one in ASKS]
     assert found == wanted
     assert (tally.asked, tally.failed, tally.drifted) == (9, {}, 0)
     assert 1 < fake.most <= 4
@@ -187,7 +187,9 @@ def test_sglang_is_asked_in_its_own_words(serve: Any, tmp_path: Path) -> None:
         return 200, {"text": "", "output_ids": tokens, "meta_info": meta}
 
     found, _ = asked(tmp_path, config(serve(reply).url, protocol="sglang"))
-    assert found == [Response(written({"prompt": one.prompt.tokens}), True) for one in ASKS]
+    assert found == [
+        Response(compact(written({"prompt": one.prompt.tokens})), True) for one in ASKS
+    ]
 
 
 def test_a_busy_server_is_asked_again(serve: Any, tmp_path: Path) -> None:
@@ -354,7 +356,7 @@ def test_texts_are_encoded_again_and_a_drift_is_counted(
     [found], tally = asked(tmp_path, server, [Ask(prompt, 1.0, 1.0, 0, limit)], reader)
     assert found is not None
     assert tally.drifted == drifted
-    assert ids.decode(found.tokens, skip_special_tokens=True) == text
+    assert ids.decode(list(found.tokens), skip_special_tokens=True) == text
     assert found.finished == (ended == "stop") == (found.tokens[-1] == EOS)
 
 
