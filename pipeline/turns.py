@@ -149,10 +149,12 @@ def converse(
     tokenizer: Any,
     eos_ids: Sequence[int],
     max_prompt_tokens: int,
+    after_any: bool = False,
 ) -> dict[str, list[Said]]:
     """Ask turn by turn until no talk goes on; every prompt is asked with the others of its turn.
 
-    A turn whose ids are more than `max_prompt_tokens` is not asked.
+    A turn whose ids are more than `max_prompt_tokens` is not asked. `after_any`: a talk goes on
+    after a reply that was cut or says nothing, as published runs of MT-Bench do.
     """
     said = {split: [Said(talk) for talk in some] for split, some in talks.items()}
     for turn in range(max((len(t.asks) for some in talks.values() for t in some), default=0)):
@@ -168,7 +170,7 @@ def converse(
         answers = reply(turn, prompts)
         for split, pairs in asked.items():
             for (one, prompt), response in zip(pairs, answers[split], strict=True):
-                _take(one, prompt, response, tokenizer, eos_ids)
+                _take(one, prompt, response, tokenizer, eos_ids, after_any)
     return said
 
 
@@ -199,7 +201,12 @@ def _next(one: Said, turn: int, tokenizer: Any, max_prompt_tokens: int) -> Promp
 
 
 def _take(
-    one: Said, prompt: Prompt, response: Response | None, tokenizer: Any, eos_ids: Sequence[int]
+    one: Said,
+    prompt: Prompt,
+    response: Response | None,
+    tokenizer: Any,
+    eos_ids: Sequence[int],
+    after_any: bool,
 ) -> None:
     """Note a turn's response, and what of it the next turns read."""
     if response is None:
@@ -207,7 +214,9 @@ def _take(
         return
     one.turns.append((prompt, response))
     message = reply_message(tokenizer, response.tokens, eos_ids)
-    if not response.finished:
+    if after_any:
+        pass
+    elif not response.finished:
         one.ended = CUT
     elif not message["content"].strip():
         one.ended = BLANK
