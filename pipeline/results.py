@@ -204,7 +204,8 @@ def read_results(root: Path, arms: Sequence[Arm]) -> Results:
             todo="set generate.engine: transformers and run dvc repro",
         )
     for instrument, prompts in results.prompts.items():
-        if len({talk_name(p, set(prompts)) for p in prompts}) < MIN_PROMPTS:
+        known = set(prompts)
+        if len({talk_name(p, known) for p in prompts}) < MIN_PROMPTS:
             raise ResultError(
                 found=f"{instrument} was run on {len(prompts)} prompt",
                 expected=f"at least {MIN_PROMPTS}, because intervals are by prompt",
