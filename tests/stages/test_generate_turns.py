@@ -226,6 +226,32 @@ def test_a_server_answers_every_turn_and_is_asked_once(here: Path, fake: Fake) -
     assert (tree_digest(here / "sequences"), len(fake.bodies)) == (before, asked)
 
 
+def test_a_server_of_texts_answers_every_turn_and_its_replies_only_train(
+    here: Path, fake: Fake
+) -> None:
+    ids, words = fake.reply, tokenizer()
+
+    def texts(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        prompt = words(body["prompt"], add_special_tokens=False)["input_ids"]
+        status, value = ids(path, body | {"prompt": prompt})
+        drawn = value["choices"][0]["token_ids"]
+        text = words.decode(drawn, skip_special_tokens=True)
+        reason = value["choices"][0]["finish_reason"]
+        usage = {"prompt_tokens": len(prompt), "completion_tokens": len(drawn)}
+        return status, {"choices": [{"text": text, "finish_reason": reason}], "usage": usage}
+
+    fake.reply = texts
+    engine = {**SERVER, "url": fake.url, "protocol": "text"}
+    write_params(here, generate={"turns": "every", **LIMITS, "engine": engine})
+    main()
+    found = tables(here)
+    assert {row["law"] for rows in found.values() for row in rows} == {"data"}
+    assert told(here)["train"]["turns"]["turns"] > 12
+    # encoded again a reply is in the tokens that the next turn reads
+    assert told(here)["train"]["turns"]["retokenised"] == 0
+    assert any(max(row["turn"]) > 0 for row in found["train"])
+
+
 def test_a_turn_without_an_answer_is_listed_and_ends_its_talk(here: Path, fake: Fake) -> None:
     engine = {**SERVER, "url": fake.url, "max_failures": 9}
     write_params(here, generate={"turns": "every", **LIMITS, "engine": engine})
