@@ -47,20 +47,24 @@ def served_tables(results: Results, config: ReportConfig) -> list[Table]:
 
 
 def set_tables(results: Results, config: ReportConfig) -> list[Table]:
-    """τ of every decoded arm on each prompt set, by category, with its difference."""
+    """τ of every decoded arm on each prompt set, by category and turn, with its difference."""
     rows: list[dict[str, Cell]] = []
     for instrument in (name for name in results.prompts if name.startswith(SET)):
         categories = results.domains(instrument)
+        turns = int(results.turns(instrument).max()) + 1
         settings = {key.setting for key in results.rounds if key.instrument == instrument}
         for setting in sorted(settings, key=lambda s: s.order, reverse=True):
             law = None if setting.plain else setting.name
             cells = _cells(results, instrument, law, config.gammas[0], setting.temperature)
-            for domain in [ALL, *(categories if len(categories) > 1 else [])]:
-                for row in _rows(results, config, cells, domain=domain):
+            parts: list[tuple[str, str, int | None]] = [(ALL, ALL, None)]
+            parts += [(name, name, None) for name in categories if len(categories) > 1]
+            parts += [(f"turn {n + 1}", ALL, n) for n in range(turns) if turns > 1]
+            for category, domain, turn in parts:
+                for row in _rows(results, config, cells, domain=domain, turn=turn):
                     named: dict[str, Cell] = {
                         "set": instrument.removeprefix(SET),
                         "law": setting.words,
-                        "category": domain,
+                        "category": category,
                     }
                     rows.append(named | row)
     columns = [
@@ -105,13 +109,13 @@ def _cells(
 
 
 def _rows(
-    results: Results, config: ReportConfig, cells: Cells, *, domain: str
+    results: Results, config: ReportConfig, cells: Cells, *, domain: str, turn: int | None = None
 ) -> list[dict[str, Cell]]:
     """One row a draft and objective: τ, and the difference to the baseline of its draft."""
     if not cells:
         return []
     seed, resamples, confidence = config.seed, config.resamples, config.confidence
-    pooled = results.panel(list(cells.values()), domain=domain)
+    pooled = results.panel(list(cells.values()), domain=domain, turn=turn)
     num_prompts = int((pooled.rounds.sum(axis=0) > 0).sum())
     several = num_prompts >= MIN_PROMPTS
     taus: Sequence[Cell]
@@ -145,7 +149,7 @@ def _rows(
         pairs.append(Pair(tuple(range(start, middle)), tuple(range(middle, len(columns)))))
         of.append(place)
     if pairs:
-        panel = results.panel([[key] for key in columns], domain=domain)
+        panel = results.panel([[key] for key in columns], domain=domain, turn=turn)
         differences = compare(panel, pairs, confidence=confidence, resamples=resamples, seed=seed)
         for place, found in zip(of, differences, strict=True):
             rows[place]["difference_percent"] = 100 * found.these_seeds.estimate

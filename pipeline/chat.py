@@ -19,7 +19,7 @@ tokenizer comes in as an object; neither torch nor transformers is imported here
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -52,6 +52,17 @@ class _Reply:
     end: int
     count: int
     """Messages up to and with the reply."""
+
+
+def turn_name(name: str, turn: int) -> str:
+    """The name of a conversation's turn, from 0: the first has the conversation's own."""
+    return f"{name}#{turn}" if turn else name
+
+
+def talk_name(name: str, names: Collection[str]) -> str:
+    """The conversation that a turn is of; itself where `names` do not hold its first turn."""
+    talk, mark, turn = name.rpartition("#")
+    return talk if mark and turn.isdecimal() and talk in names else name
 
 
 def has_template(tokenizer: Any) -> bool:

@@ -78,7 +78,7 @@ def between(a: Results, b: Results, config: ReportConfig, *, names: tuple[str, s
                 into += [a.rounds[x][array] for x, _ in keys]
             pairs.append(Pair(tuple(range(start, middle)), tuple(range(middle, len(tokens)))))
             found.append((draft, objective, temperature))
-    panel = Panel(np.stack(tokens), np.stack(rounds), a.strata(REPLAY))
+    panel = a.by_talk(REPLAY, np.stack(tokens), np.stack(rounds))
     differences = compare(
         panel,
         pairs,

@@ -11,7 +11,8 @@ never for a replay.
 | `replay_block` | the same under block verification; T > 0 only, it is no different at T = 0 |
 | `replay_decode` | the decoded prompts' rollouts, cut to the decoder's length limit, at its γ |
 | `decode` | those prompts decoded for real |
-| `decode:<set>` | the prompts of a set decoded (`evaluate.prompt_sets`); nothing to replay |
+| `decode:<set>` | the prompts of a set decoded (`evaluate.prompt_sets`); nothing to replay; a row
+                   a turn where every turn is asked (`pipeline.chat.turn_name`) |
 
 `replay_decode` and `decode` are what predicted against measured compares. At T = 0 on a CPU in
 float32 they are equal prompt by prompt while `features: cache` holds.
@@ -26,6 +27,7 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import Field, model_validator
 
+from pipeline.chat import turn_name
 from pipeline.checkpoint import load_draft, read_config
 from pipeline.config import Strict, parse
 from pipeline.dataset import arrays, collate, head_for
@@ -33,11 +35,13 @@ from pipeline.draft import Draft, Needs, find
 from pipeline.interface import Head, Shape
 from pipeline.prompt_sets import DECODE_SET, PromptSets
 from pipeline.replay import Replay, block_survival, replay, token_survival
-from pipeline.sampling import Prompt
+from pipeline.sampling import Prompt, Response
 from pipeline.score import Rollouts, Scores, depth_sums, rollouts, score, strata
 from pipeline.seeds import uniforms
 from pipeline.setting import Setting, SomeNames
-from pipeline.target import DeviceMap, read_interface, read_spec, resident_target
+from pipeline.speculate import Decoded, Rules, decode
+from pipeline.target import DeviceMap, Target, read_interface, read_spec, resident_target
+from pipeline.turns import Talk, converse
 from storage.reader import Cache
 from storage.record import Record
 
@@ -72,6 +76,11 @@ class EvaluateConfig(Strict):
     """Prompts of one's own to decode beside the held-out ones, under every law; by name."""
     seed: int
     threads: Count
+
+    @property
+    def room(self) -> int:
+        """Tokens that a response and the drafts of its last round may take after a prompt."""
+        return self.decode_new_tokens + self.decode_gamma - 1
 
     @model_validator(mode="after")
     def _decoded_gamma_is_replayed(self) -> Self:
@@ -121,8 +130,8 @@ class Job:
     traced: frozenset[str] = frozenset()
     """Of a decoding: the prompts of which every round is kept."""
     prompt_set: str = ""
-    """The set that `prompts` are of; empty for held-out prompts, which `rows` name."""
-    prompts: tuple[Prompt, ...] = ()
+    """The set that `talks` are of; empty for held-out prompts, which `rows` name."""
+    talks: tuple[Talk, ...] = ()
 
 
 @dataclass
@@ -137,6 +146,8 @@ class Outcome:
     """Of a decoding: tokens, steps, seconds; measured, so never part of a result."""
     prompt_set: str = ""
     """Of a decoding: the job's."""
+    unasked: int = 0
+    """Of a set: turns that were not asked, since a reply left no room or the template refused."""
     identical: int = 0
     """Decoded responses that equal the cached rollout, cut to the limit."""
     texts: dict[str, list[int]] = field(default_factory=dict)
@@ -272,9 +283,6 @@ def _named(asked: Record | Prompt) -> dict[str, Any]:
 
 def _decode(bench: Bench, job: Job) -> Outcome:
     """Decode a batch of prompts; `plain` where the job has no draft."""
-    from pipeline.speculate import Rules, decode
-    from pipeline.trace import trace_row
-
     config, cache = bench.config, bench.cache(job.setting)
     spec = read_spec(bench.target)
     target = resident_target(
@@ -301,7 +309,54 @@ def _decode(bench: Bench, job: Job) -> Outcome:
         hidden_dtype=cache.layout.hidden_dtype,
         last_hidden_dtype=cache.layout.last_hidden_dtype,
     )
-    pairs = [(prompt, None) for prompt in job.prompts] or _heldout(cache, job.rows)
+    outcome = Outcome(prompt_set=job.prompt_set)
+
+    def respond(pairs: Sequence[tuple[Prompt, list[int] | None]]) -> list[list[int]]:
+        return _respond(target, draft, rules, pairs, outcome, config=config, job=job)
+
+    if not job.talks:
+        respond(_heldout(cache, job.rows))
+        return outcome
+
+    def reply(
+        _turn: int, prompts: Mapping[str, Sequence[Prompt]]
+    ) -> dict[str, list[Response | None]]:
+        texts = respond([(prompt, None) for prompt in prompts[job.prompt_set]])
+        return {job.prompt_set: [Response(text, text[-1] in rules.eos_ids) for text in texts]}
+
+    said = converse(
+        {job.prompt_set: job.talks},
+        reply,
+        tokenizer=target.tokenizer,
+        eos_ids=rules.eos_ids,
+        max_prompt_tokens=spec.context_tokens - config.room,
+        after_any=True,
+    )
+    for one in said[job.prompt_set]:
+        for turn in range(len(one.turns), len(one.talk.asks)):
+            first = one.talk.first
+            prompt = Prompt(turn_name(first.id, turn), first.domain, ())
+            # every arm has the same rows: of none the statistics count nothing
+            outcome.rounds.append(_decode_row(prompt, job, rules, Decoded([])) | {"tokens": 0})
+            outcome.unasked += 1
+            if job.setting == GREEDY:
+                outcome.texts[prompt.id] = []
+    return outcome
+
+
+def _respond(
+    target: Target,
+    draft: Draft | None,
+    rules: Rules,
+    pairs: Sequence[tuple[Prompt, list[int] | None]],
+    outcome: Outcome,
+    *,
+    config: EvaluateConfig,
+    job: Job,
+) -> list[list[int]]:
+    """Decode prompts together, each beside its cached rollout where it has one; note it all."""
+    from pipeline.trace import trace_row
+
     asked = [prompt for prompt, _ in pairs]
     prompts = [torch.tensor(prompt.tokens) for prompt in asked]
     # named by prompt, not by arm: all drafts meet the same luck, which narrows their differences
@@ -313,7 +368,6 @@ def _decode(bench: Bench, job: Job) -> Outcome:
     first = drawn[0][None, : warm.num_uniforms]
     decode(target, draft, prompts[:1], warm, uniforms_BU=first)
     decoded, timing = decode(target, draft, prompts, rules, uniforms_BU=torch.stack(drawn))
-    outcome = Outcome(prompt_set=job.prompt_set)
     if shown := [i for i, prompt in enumerate(asked) if prompt.id in job.traced]:
         traced, _ = decode(
             target,
@@ -328,30 +382,34 @@ def _decode(bench: Bench, job: Job) -> Outcome:
             | _law_of(job.setting)
             for i, row in zip(shown, traced, strict=True)
         ]
-    outcome.speed = {
+    speed = {
         "tokens": float(sum(row.num_counted for row in decoded)),
         "steps": float(timing.steps),
         "draft_s": timing.draft_s,
         "target_s": timing.target_s,
         "rounds_s": timing.rounds_s,
     }
+    outcome.speed = {what: outcome.speed.get(what, 0.0) + value for what, value in speed.items()}
     if job.prompt_set and job.setting == GREEDY:
-        outcome.texts = {p.id: row.tokens for p, row in zip(asked, decoded, strict=True)}
+        outcome.texts |= {p.id: row.tokens for p, row in zip(asked, decoded, strict=True)}
     for (prompt, response), row in zip(pairs, decoded, strict=True):
         if response is not None:
             outcome.identical += row.tokens == response[: rules.max_new_tokens]
-        numbers = {
-            "instrument": f"{DECODE_SET}{job.prompt_set}" if job.prompt_set else "decode",
-            **_law_of(job.setting),
-            "gamma": gamma,
-            "tokens": row.num_counted,
-            "rounds": float(row.rounds),
-            "drafted": float(row.drafted),
-            "accepted": float(row.accepted),
-            "kept": [float(kept) for kept in row.kept],
-        }
-        outcome.rounds.append(_named(prompt) | numbers)
-    return outcome
+        outcome.rounds.append(_decode_row(prompt, job, rules, row))
+    return [row.tokens for row in decoded]
+
+
+def _decode_row(prompt: Prompt, job: Job, rules: Rules, row: Decoded) -> dict[str, Any]:
+    return _named(prompt) | {
+        "instrument": f"{DECODE_SET}{job.prompt_set}" if job.prompt_set else "decode",
+        **_law_of(job.setting),
+        "gamma": rules.gamma,
+        "tokens": row.num_counted,
+        "rounds": float(row.rounds),
+        "drafted": float(row.drafted),
+        "accepted": float(row.accepted),
+        "kept": [float(kept) for kept in row.kept] or [0.0] * rules.gamma,
+    }
 
 
 def _heldout(cache: Cache, rows: Sequence[int]) -> list[tuple[Prompt, list[int] | None]]:

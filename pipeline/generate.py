@@ -36,7 +36,7 @@ from pipeline.setting import Names, Setting
 from pipeline.target import DeviceMap, resident_target
 from storage.errors import DataError
 from storage.sequences import Row, Sequences
-from storage.workspace import read_json, write_json
+from storage.workspace import digest, read_json, write_json
 
 TRAIN, HELDOUT = "train", "heldout"
 GREEDY = "greedy"
@@ -79,6 +79,9 @@ class GenerateConfig(Strict):
     """`none`: the data's own responses."""
     laws: Names
     """Served laws of which the held-out prompts get rollouts too, so that replay scores them."""
+    turns: Literal["last", "every"] = "last"
+    """The reply to the last user turn, earlier ones as the data has them; or to every user turn,
+    each behind the target's own replies (`pipeline.turns`)."""
     max_prompt_tokens: Annotated[int, Field(ge=1)]
     max_new_tokens: Annotated[int, Field(ge=1)]
     batch_sequences: Annotated[int, Field(ge=1)]
@@ -97,6 +100,10 @@ class GenerateConfig(Strict):
     def _laws_are_the_targets(self) -> Self:
         if self.engine == "none" and self.laws:
             raise ValueError("laws: [] where engine is none, whose text is no sample of a law")
+        if self.engine == "none" and self.turns == "every":
+            raise ValueError(
+                "turns: last where engine is none, which takes the data's replies, all"
+            )
         if isinstance(self.engine, ServerConfig) and self.laws:
             if self.engine.protocol == "text":
                 raise ValueError("laws: [] with protocol text, whose tokens are not for certain")
@@ -133,13 +140,25 @@ class Job:
 
 @dataclass(frozen=True)
 class Unit:
-    """One batch of one split."""
+    """One batch of one split and turn."""
 
     split: str
     index: int
     members: tuple[int, ...]
     """Places in the split's list of prompts, longest prompt first."""
     prompts: tuple[Prompt, ...]
+    turn: int = 0
+    """Of the conversations, where the target answers every one."""
+
+    @property
+    def name(self) -> str:
+        """Of its done file."""
+        return f"{self.split}-{f'turn{self.turn}-' if self.turn else ''}{self.index:05d}"
+
+    @property
+    def asked(self) -> str:
+        """A digest of the prompts: a later turn's prompts follow from what was answered before."""
+        return digest([[prompt.id, list(prompt.tokens)] for prompt in self.prompts])
 
 
 def split_of(rows: Sequence[Mapping[str, Any]], split: str) -> list[Mapping[str, Any]]:
@@ -242,21 +261,23 @@ def _only_reply(row: Mapping[str, Any]) -> str | None:
     return str(messages[1]["content"]) if len(messages) > 1 else None
 
 
-def plan(split: str, prompts: Sequence[Prompt], *, batch_sequences: int) -> list[Unit]:
+def plan(
+    split: str, prompts: Sequence[Prompt], *, batch_sequences: int, turn: int = 0
+) -> list[Unit]:
     """Batches of prompts of similar length: by prompts and parameters alone, longest first."""
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].tokens), i))
     starts = range(0, len(order), batch_sequences)
     batches = [tuple(order[a : a + batch_sequences]) for a in starts]
     return [
-        Unit(split, index, members, tuple(prompts[i] for i in members))
+        Unit(split, index, members, tuple(prompts[i] for i in members), turn)
         for index, members in enumerate(batches)
     ]
 
 
 def sample_unit(job: Job, unit: Unit) -> Answer:
     """Responses of one batch, from its done file where an earlier run left one."""
-    path = job.scratch / f"{unit.split}-{unit.index:05d}.json"
-    done = _done(path)
+    path = job.scratch / f"{unit.name}.json"
+    done = _done(path, unit)
     if done is not None:
         return done
     target = resident_target(
@@ -277,15 +298,17 @@ def sample_unit(job: Job, unit: Unit) -> Answer:
     )
     seconds = time.perf_counter() - started
     rows = [[list(response.tokens), response.finished] for response in responses]
-    write_json(path, {"responses": rows, "seconds": seconds})
+    write_json(path, {"asked": unit.asked, "responses": rows, "seconds": seconds})
     return Answer(responses, seconds)
 
 
-def _done(path: Path) -> Answer | None:
-    """What an earlier run left of a batch; None where that is missing or torn."""
+def _done(path: Path, unit: Unit) -> Answer | None:
+    """What an earlier run left of a batch; None where it is missing, torn or of other prompts."""
     try:
         answer = read_json(path)
     except DataError:
+        return None
+    if answer.get("asked") != unit.asked:
         return None
     return Answer([Response(*row) for row in answer["responses"]], answer["seconds"])
 
@@ -328,13 +351,7 @@ def conversation_rows(
     A conversation is cut after `max_prompt_tokens` + `max_new_tokens`; one whose first reply does
     not begin within them is left out and counted in `left_out`.
     """
-    limit = config.max_prompt_tokens + config.max_new_tokens
-    if limit > context_tokens:
-        raise DataError(
-            found=f"conversations of up to {limit} tokens",
-            expected=f"at most the target's context of {context_tokens} tokens",
-            todo="lower generate.max_prompt_tokens or generate.max_new_tokens",
-        )
+    limit = require_context(config, context_tokens)
     found = []
     for row in rows:
         messages, tools = asked(row)
@@ -369,6 +386,18 @@ def conversation_rows(
     return found
 
 
+def require_context(config: GenerateConfig, context_tokens: int) -> int:
+    """The longest conversation; `DataError` where the target's context is shorter."""
+    limit = config.max_prompt_tokens + config.max_new_tokens
+    if limit > context_tokens:
+        raise DataError(
+            found=f"conversations of up to {limit} tokens",
+            expected=f"at most the target's context of {context_tokens} tokens",
+            todo="lower generate.max_prompt_tokens or generate.max_new_tokens",
+        )
+    return limit
+
+
 def _no_response(name: str) -> DataError:
     return DataError(
         found=f"prompt {name!r} has no response of its own",
@@ -379,13 +408,21 @@ def _no_response(name: str) -> DataError:
 
 
 def answer(
-    prompts: Mapping[str, Sequence[Prompt]], *, job: Job, batch_sequences: int, cluster: Cluster
+    prompts: Mapping[str, Sequence[Prompt]],
+    *,
+    job: Job,
+    batch_sequences: int,
+    cluster: Cluster,
+    turn: int = 0,
 ) -> tuple[dict[str, list[Response]], float]:
-    """Responses by split in the order of the prompts, and the seconds that workers took."""
+    """Responses by split in the order of the prompts, and the seconds that workers took.
+
+    `turn` is the prompts' own in their conversations, where more than one is asked.
+    """
     units = [
         unit
         for split, some in prompts.items()
-        for unit in plan(split, some, batch_sequences=batch_sequences)
+        for unit in plan(split, some, batch_sequences=batch_sequences, turn=turn)
     ]
     answers = cluster.map(partial(sample_unit, job), units)
     placed: dict[tuple[str, int], Response] = {}
@@ -409,11 +446,15 @@ def served(
     config: GenerateConfig,
     reader: Reader,
     journal: Journal,
+    tally: Tally | None = None,
 ) -> tuple[dict[str, list[Response | None]], Tally]:
-    """A server's responses by split, None where it gave none; see `pipeline.server.ask`."""
+    """A server's responses by split, None where it gave none; see `pipeline.server.ask`.
+
+    `tally` is of the turns before, where more than one is asked.
+    """
     assert isinstance(config.engine, ServerConfig)
     asks = [_ask(split, prompt, config) for split, some in prompts.items() for prompt in some]
-    answers, tally = ask(asks, server=config.engine, reader=reader, journal=journal)
+    answers, tally = ask(asks, server=config.engine, reader=reader, journal=journal, tally=tally)
     left = iter(answers)
     return {split: [next(left) for _ in some] for split, some in prompts.items()}, tally
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.chat import talk_name
 from pipeline.matrix import Arm
 from pipeline.setting import Setting
 from pipeline.statistics import Floats, Panel
@@ -119,15 +120,48 @@ class Results:
         """[N] domain of each prompt of an instrument."""
         return np.array([self.domain[prompt] for prompt in self.prompts[instrument]])
 
-    def panel(self, columns: Sequence[Sequence[Key]], *, domain: str = ALL) -> Panel:
-        """One column per group of keys of one instrument, the group's arms pooled."""
-        strata_N = self.strata(columns[0][0].instrument)
+    def turns(self, instrument: str) -> NDArray[Any]:
+        """[N] turn of each prompt in its conversation, from 0."""
+        names = self.prompts[instrument]
+        known = set(names)
+        return np.array(
+            [int(p.rpartition("#")[2]) if talk_name(p, known) != p else 0 for p in names]
+        )
+
+    def by_talk(self, instrument: str, tokens_CN: Floats, rounds_CN: Floats) -> Panel:
+        """The panel of an instrument's prompts, turns of one conversation added up.
+
+        They share their text, so that a conversation is what a bootstrap may draw.
+        """
+        names = self.prompts[instrument]
+        known, strata_N = set(names), self.strata(instrument)
+        place: dict[str, int] = {}
+        at_N = np.array([place.setdefault(talk_name(p, known), len(place)) for p in names])
+        if len(place) == len(names):
+            return Panel(tokens_CN, rounds_CN, strata_N)
+        first = np.unique(at_N, return_index=True)[1]
+        added = [np.zeros((len(tokens_CN), len(place))) for _ in range(2)]
+        for total, values in zip(added, (tokens_CN, rounds_CN), strict=True):
+            np.add.at(total.T, at_N, values.T)
+        return Panel(added[0], added[1], strata_N[first])
+
+    def panel(
+        self, columns: Sequence[Sequence[Key]], *, domain: str = ALL, turn: int | None = None
+    ) -> Panel:
+        """One column per group of keys of one instrument, the group's arms pooled.
+
+        Over the prompts of a domain, and of a turn of their conversations, or over all.
+        """
+        instrument = columns[0][0].instrument
+        strata_N = self.strata(instrument)
         inside_N = np.ones(len(strata_N)) if domain == ALL else (strata_N == domain) * 1.0
+        if turn is not None:
+            inside_N = inside_N * (self.turns(instrument) == turn)
         stacked = [
             np.stack([sum_of(self.rounds[key][name] for key in group) for group in columns])
             for name in ("tokens", "rounds")
         ]
-        return Panel(stacked[0] * inside_N, stacked[1] * inside_N, strata_N)
+        return self.by_talk(instrument, stacked[0] * inside_N, stacked[1] * inside_N)
 
 
 def sum_of(arrays: Iterable[Floats]) -> Floats:
@@ -170,7 +204,8 @@ def read_results(root: Path, arms: Sequence[Arm]) -> Results:
             todo="set generate.engine: transformers and run dvc repro",
         )
     for instrument, prompts in results.prompts.items():
-        if len(prompts) < MIN_PROMPTS:
+        known = set(prompts)
+        if len({talk_name(p, known) for p in prompts}) < MIN_PROMPTS:
             raise ResultError(
                 found=f"{instrument} was run on {len(prompts)} prompt",
                 expected=f"at least {MIN_PROMPTS}, because intervals are by prompt",
@@ -239,7 +274,8 @@ def _same_prompts(
             expected="the same prompts for every arm, because differences are paired by prompt",
             todo="run dvc repro evaluate for both",
         )
-    if key.instrument != DECODE and mine != theirs:
+    # sampled texts differ by arm: where T > 0, and after them every further turn
+    if not key.instrument.startswith(DECODE) and mine != theirs:
         odd = sorted(prompt for prompt in mine if mine[prompt] != theirs[prompt])[:1]
         raise ResultError(
             found=f"{what}: {key.arm} and {other} replayed different rollouts of {odd[0]}",

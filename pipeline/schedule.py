@@ -19,10 +19,10 @@ from pipeline.evaluate import (
     draft_section,
     split,
 )
-from pipeline.prompt_sets import digests, encode_set, read_set, require_room
-from pipeline.sampling import Prompt
+from pipeline.prompt_sets import digests, read_set, require_room, talks_of_set
 from pipeline.setting import Setting
 from pipeline.target import DeviceMap, TargetSpec, home_of, load_tokenizer, read_spec
+from pipeline.turns import Talk
 from storage.errors import ConfigError, DraftError, ResultError
 from storage.manifest import MANIFEST
 from storage.reader import Cache
@@ -145,7 +145,7 @@ def plan(bench: Bench, drafts: Sequence[Path], *, decode: bool) -> list[Job]:
     return jobs
 
 
-def _read_sets(bench: Bench, spec: TargetSpec) -> dict[str, list[Prompt]]:
+def _read_sets(bench: Bench, spec: TargetSpec) -> dict[str, list[Talk]]:
     """The prompts of every set, as ids that fit into the target's context."""
     config = bench.config
     if not config.prompt_sets:
@@ -156,23 +156,20 @@ def _read_sets(bench: Bench, spec: TargetSpec) -> dict[str, list[Prompt]]:
     for name, given in config.prompt_sets.items():
         prompts = read_set(name, given)
         order = balanced([p.category for p in prompts], given.max_prompts or len(prompts))
-        found[name] = encode_set(
+        found[name] = talks_of_set(
             name,
             [prompts[i] for i in order],
             tokenizer,
-            new_tokens=room(config),
+            turns=given.turns,
+            reply_tokens=config.decode_new_tokens,
+            new_tokens=config.room,
             context_tokens=spec.context_tokens,
         )
     return found
 
 
-def room(config: EvaluateConfig) -> int:
-    """Tokens that a response and the drafts of its last round may take after a prompt."""
-    return config.decode_new_tokens + config.decode_gamma - 1
-
-
 def _plain_sets(
-    sets: Mapping[str, list[Prompt]], settings: Sequence[Setting], config: EvaluateConfig
+    sets: Mapping[str, list[Talk]], settings: Sequence[Setting], config: EvaluateConfig
 ) -> list[Job]:
     """Plain decoding of one batch of each set for its speed; of all at T = 0, to compare texts."""
     return [
@@ -190,9 +187,9 @@ def _set_job(
     draft: Path | None,
     setting: Setting,
     name: str,
-    prompts: tuple[Prompt, ...],
+    talks: tuple[Talk, ...],
 ) -> Job:
-    return Job(instrument, draft, setting, (), prompt_set=name, prompts=prompts)
+    return Job(instrument, draft, setting, (), prompt_set=name, talks=talks)
 
 
 def _batches(rows: Sequence[T], size: int) -> Iterator[tuple[T, ...]]:
@@ -236,7 +233,7 @@ def _choose(
         for record in cache.records(chosen[setting], arrays={"tokens", "turn"}):
             _check_response(record)
             length = len(split(record)[0])
-            space = {"new_tokens": room(config), "context_tokens": spec.context_tokens}
+            space = {"new_tokens": config.room, "context_tokens": spec.context_tokens}
             require_room(record.id, length, **space)
             if bench.replayable(setting):
                 _check_length(record, config, spec)

@@ -208,20 +208,27 @@ def _ends_whole(path: Path) -> bool:
 
 
 def ask(
-    asks: Sequence[Ask], *, server: ServerConfig, reader: Reader, journal: Journal
+    asks: Sequence[Ask],
+    *,
+    server: ServerConfig,
+    reader: Reader,
+    journal: Journal,
+    tally: Tally | None = None,
 ) -> tuple[list[Response | None], Tally]:
     """The response of each ask in order, None where the server gave none in `retries` + 1 tries.
+
+    `tally` goes on from earlier asks of the same run, whose failures count too.
 
     `TargetError`: the server cannot be reached, does not serve the model, refuses a request,
     returns what the target cannot have written, or fails on more than `max_failures` prompts.
     """
-    tally = Tally()
+    tally = Tally() if tally is None else tally
     left = {one.key: one for one in asks if journal.get(one.key) is None}
     if left:
         with _connection(server) as call:
             _ask_all(call, list(left.values()), server, reader, journal, tally)
     known = [journal.get(one.key) for one in asks]
-    tally.drifted = sum(answer[1] for answer in known if answer is not None)
+    tally.drifted += sum(answer[1] for answer in known if answer is not None)
     return [None if answer is None else answer[0] for answer in known], tally
 
 

@@ -6,7 +6,8 @@ Dims: C columns (an arm at one temperature and γ), N prompts, S seeds, R resamp
 
 The quantity is log τ, τ = Σ tokens / Σ rounds over prompts (micro-average); a comparison is the
 mean over seeds of log τ_arm − log τ_baseline, same seed, same prompts, printed as a relative
-difference exp(·) − 1. Two intervals, never mixed:
+difference exp(·) − 1. Turns of one conversation come in as one prompt, their sums added. Two
+intervals, never mixed:
 
 *these seeds*
     What would other prompts of the same domains say of these very drafts? BCa bootstrap by prompt

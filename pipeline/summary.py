@@ -105,6 +105,16 @@ def identical(outcomes: Sequence[Outcome], plain: Sequence[Outcome]) -> dict[str
     return {name: round(same / total, DIGITS) for name, (same, total) in shares.items()}
 
 
+def unasked(outcomes: Sequence[Outcome]) -> dict[str, int]:
+    """Later turns of a set's prompts that were not asked, by set; nothing where all were."""
+    found: dict[str, int] = {}
+    for o in outcomes:
+        if o.unasked:
+            name = f"unasked_turns {o.prompt_set}"
+            found[name] = found.get(name, 0) + o.unasked
+    return found
+
+
 def speeds(name: str, outcomes: Sequence[Outcome]) -> dict[str, float]:
     """Measured speeds of the decodings among the outcomes, keys such as `kl T=1 tokens_per_s`.
 

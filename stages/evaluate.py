@@ -12,7 +12,7 @@ from pipeline.evaluate import GREEDY, SAMPLED, EvaluateConfig, Job, Outcome, run
 from pipeline.matrix import Arm, Start, cell
 from pipeline.provenance import Progress, run
 from pipeline.schedule import laws_with_rollouts, open_bench, plan
-from pipeline.summary import identical, merge_strata, speeds, summarise
+from pipeline.summary import identical, merge_strata, speeds, summarise, unasked
 from storage.tables import DEPTHS, ROUNDS, STRATA, write_table
 from storage.workspace import Workspace, digest, write_json
 
@@ -62,6 +62,7 @@ def main() -> None:
             mine = [(job, found) for job, found in done if job.draft == models[name]]
             metrics[arm.objective] = _write_arm(workspace.path(tables), name, arm, mine)
             metrics[arm.objective] |= identical([found for _, found in mine], plain)
+            metrics[arm.objective] |= unasked([found for _, found in mine])
             seconds |= speeds(arm.objective, [found for _, found in mine])
         write_json(workspace.path(metrics_file), metrics)
         write_json(workspace.path(times), seconds | {"seconds": perf_counter() - started})

@@ -1,6 +1,7 @@
 """Served laws and prompt sets stand beside the primary numbers, and change none of them."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,6 +89,64 @@ def test_a_set_is_shown_by_category(results: Results) -> None:
     assert part["tau"].estimate == pytest.approx(
         columns["tokens"][inside].sum() / columns["rounds"][inside].sum()
     )
+
+
+def numbers(cell: Any) -> Any:
+    """A cell, numbers to what sums in another order keep."""
+    if isinstance(cell, Interval):
+        return [round(end, 9) for end in (cell.estimate, cell.lo, cell.hi)]
+    return round(cell, 9) if isinstance(cell, float) else cell
+
+
+def test_texts_that_were_sampled_may_differ_by_arm(tmp_path: Path) -> None:
+    arms = write_results(tmp_path, WORLD)
+    for arm in arms:
+        path = tmp_path / f"results/{arm.start}/arms/{arm.objective}.rounds.parquet"
+        rows = read_table(path, ROUNDS)
+        some = [r for r in rows if (r["instrument"], r["temperature"]) == (DECODE, 1)]
+        longer = int(arm.objective == "tv")
+        new = [r | {"instrument": "decode:own", "tokens": r["tokens"] + longer} for r in some]
+        write_table(path, ROUNDS, [*rows, *new])
+    found = read_results(tmp_path / "results", arms)
+    assert len(found.prompts["decode:own"]) == 12
+
+
+def test_turns_of_a_conversation_are_one_draw_and_have_rows_of_their_own(
+    results: Results,
+) -> None:
+    """Twice the same turn says as much as once: τ, its interval and its prompts stay."""
+    (whole,) = set_tables(results, CONFIG)
+    plain = {(r["category"], r["objective"]): r for r in whole.rows}
+    names = results.prompts["decode:mt_bench"]
+    domain = results.domain | {f"{name}#1": results.domain[name] for name in names}
+    prompts = results.prompts | {"decode:mt_bench": [*names, *(f"{name}#1" for name in names)]}
+    rounds = {
+        key: {name: np.concatenate([x, 3 * x]) for name, x in columns.items()}
+        if key.instrument == "decode:mt_bench"
+        else columns
+        for key, columns in results.rounds.items()
+    }
+    twice = Results(results.arms, prompts=prompts, domain=domain, rounds=rounds)
+    (table,) = set_tables(twice, CONFIG)
+    rows = {(r["category"], r["objective"]): r for r in table.rows}
+    assert set(rows) - set(plain) == {(f"turn {n}", o) for n in (1, 2) for o in ("kl", "tv")}
+    for at, row in plain.items():
+        assert list(map(numbers, rows[at].values())) == list(map(numbers, row.values()))
+    for turn in ("turn 1", "turn 2"):
+        assert numbers(rows[turn, "tv"]["tau"]) == numbers(plain["all", "tv"]["tau"])
+        assert rows[turn, "tv"]["prompts"] == 12
+    # a turn's own sums: the second one's rounds are half as many again
+    for key, columns in rounds.items():
+        if key.instrument == "decode:mt_bench":
+            columns["rounds"][12:] *= 1.5
+    (table,) = set_tables(twice, CONFIG)
+    slow, fast = (
+        next(r["tau"] for r in table.rows if (r["category"], r["objective"]) == (turn, "kl"))
+        for turn in ("turn 2", "turn 1")
+    )
+    assert isinstance(slow, Interval)
+    assert isinstance(fast, Interval)
+    assert slow.estimate == pytest.approx(fast.estimate / 1.5)
 
 
 def test_the_page_has_a_section_of_them(results: Results, tmp_path: Path) -> None:

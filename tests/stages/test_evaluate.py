@@ -19,6 +19,7 @@ from pipeline.config import read_params
 from pipeline.dataset import collate
 from pipeline.draft import find
 from pipeline.interface import Shape
+from pipeline.matrix import Arm
 from pipeline.pin import Origin, pin
 from pipeline.seeds import uniforms
 from pipeline.setting import Setting
@@ -526,6 +527,131 @@ def test_a_set_is_decoded_as_its_prompts_say(apart: Path) -> None:
                 logits = target.logits(target.forward(torch.tensor([ids])).last_hidden[0, -1:])
             assert token == int(logits.argmax())
             ids = [*ids, token]
+
+
+CHAT = (
+    "{% for m in messages %}{{ 'w9 ' if m.role == 'user' else 'w10 ' }}{{ m.content }}"
+    "{{ ' ' if m.role == 'user' else ' w0 ' }}{% endfor %}"
+    "{% if add_generation_prompt %}w10 {% endif %}"
+)
+
+
+@pytest.fixture
+def chatty(apart: Path, monkeypatch: pytest.MonkeyPatch) -> Target:
+    """The target with a chat template, where the stage and its jobs find it."""
+    target = load_target(apart / "target")
+    target.tokenizer.chat_template = CHAT
+    monkeypatch.setattr("pipeline.evaluate.resident_target", lambda *_, **__: target)
+    monkeypatch.setattr("pipeline.schedule.load_tokenizer", lambda *_, **__: target.tokenizer)
+    return target
+
+
+def set_rows(kind: str, law: str) -> dict[str, dict[str, Any]]:
+    rows = read_table(Path(f"results/{kind}-0/arms/kl.rounds.parquet"), ROUNDS)
+    return {r["prompt"]: r for r in rows if (r["instrument"], r["law"]) == ("decode:mt_bench", law)}
+
+
+def test_every_turn_of_a_set_is_decoded_behind_the_targets_own_reply(
+    apart: Path, chatty: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.evaluate import EvaluateConfig, run_job
+    from pipeline.results import read_results
+    from pipeline.schedule import open_bench, plan
+
+    given = write_sets(apart)["mt_bench"] | {"turns": "every", "max_prompts": None}
+    options: dict[str, Any] = {"decode_prompts": 6, "trace_prompts": 0, "decode_seeds": [0]}
+    write_params(apart, prompt_sets={"mt_bench": given}, decode_batch=3, **options)
+    run_stage("lm", monkeypatch)
+    names = [f"mt_bench/{n}" for n in range(81, 86)] + ["mt_bench/81#1"]
+    first = {law: set_rows("lm", law) for law in ("T=0", "T=1")}
+    for rows in first.values():
+        assert sorted(rows) == sorted(names)
+        assert rows["mt_bench/81#1"]["domain"] == rows["mt_bench/81"]["domain"] == "writing"
+        assert all(row["tokens"] > 0 for row in rows.values())
+    metrics = json.loads(Path("results/lm-0/metrics.json").read_text())["kl"]
+    assert metrics["greedy_identical mt_bench"] == 1
+    assert "unasked_turns mt_bench" not in metrics
+    times = json.loads(Path("timings/evaluate-lm-0.json").read_text())
+    assert times["kl T=1 on mt_bench tokens_per_s"] > 0
+
+    # plain greedy decoding, as a chat would go
+    config = EvaluateConfig(**read_params()["evaluate"])
+    bench = open_bench(evaluate.TARGET, evaluate.CACHES, [], config=config, device="cpu")
+    jobs = [j for j in plan(bench, [], decode=True) if j.prompt_set and j.setting == Setting(0.0)]
+    texts = {name: text for job in jobs for name, text in run_job(bench, job).texts.items()}
+    said = " ".join(f"w{t}" for t in texts["mt_bench/81"] if t)
+    ids = [int(w[1:]) for w in f"w9 w3 w4 w5 w10 {said} w0 w9 w9 w10".split()]
+    for token in texts["mt_bench/81#1"]:
+        with torch.no_grad():
+            logits = chatty.logits(chatty.forward(torch.tensor([ids])).last_hidden[0, -1:])
+        assert token == int(logits.argmax())
+        ids = [*ids, token]
+    assert first["T=0"]["mt_bench/81#1"]["tokens"] == len(texts["mt_bench/81#1"]) - 1
+
+    # who shares a batch changes nothing
+    write_params(apart, prompt_sets={"mt_bench": given}, decode_batch=64, **options)
+    run_stage("lm", monkeypatch)
+    for law, rows in first.items():
+        assert set_rows("lm", law) == rows
+    # first turns are those of a set that asks for no other
+    single = given | {"turns": "first"}
+    write_params(apart, prompt_sets={"mt_bench": single}, decode_batch=64, **options)
+    run_stage("lm", monkeypatch)
+    for law, rows in first.items():
+        assert set_rows("lm", law) == {n: row for n, row in rows.items() if "#" not in n}
+
+    # a turn that cannot be asked has a row that counts nothing, for every arm alike
+    def refuses(*_: Any, **__: Any) -> Any:
+        raise DataError(found="a reply", expected="another", todo="none")
+
+    monkeypatch.setattr("pipeline.turns.prompt_tokens", refuses)
+    write_params(apart, prompt_sets={"mt_bench": given}, decode_batch=3, **options)
+    run_stage("lm", monkeypatch)
+    row = set_rows("lm", "T=1")["mt_bench/81#1"]
+    assert (row["tokens"], row["rounds"], row["kept"]) == (0, 0, [0, 0, 0, 0])
+    metrics = json.loads(Path("results/lm-0/metrics.json").read_text())["kl"]
+    assert metrics["unasked_turns mt_bench"] == 2  # of two laws
+    assert metrics["greedy_identical mt_bench"] == 1
+    arms = [Arm(**arm) for arm in read_params()["arms"].values() if arm["start"] == "lm-0"]
+    found = read_results(Path("results"), arms)
+    panel = found.panel([[k for k in found.rounds if k.instrument == "decode:mt_bench"][:1]])
+    assert panel.tokens.shape == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("turns", "template", "sentence"),
+    [
+        (["w3", "w4"], None, r"'mine/m' of 2 user turns; expected one, since the .*turns: first"),
+        (
+            ["w3", "w4 " * 220],
+            CHAT,
+            r"prompt 'mine/m#1' of 247 tokens, and up to 23 of a response and its last round",
+        ),
+        (
+            ["w3", "bad"],
+            CHAT + "{% if 'bad' in messages[-1].content %}{{ raise_exception('no') }}{% endif %}",
+            "no",
+        ),
+    ],
+)
+def test_turns_that_cannot_be_asked_are_refused_before_a_model_loads(
+    apart: Path,
+    chatty: Target,
+    monkeypatch: pytest.MonkeyPatch,
+    turns: list[str],
+    template: str | None,
+    sentence: str,
+) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("pipeline.evaluate.resident_target", load)
+    chatty.tokenizer.chat_template = template
+    Path("set.jsonl").write_text(json.dumps({"question_id": "m", "category": "c", "turns": turns}))
+    mine = {"path": "set.jsonl", "layout": "mt_bench", "max_prompts": None, "turns": "every"}
+    write_params(apart, prompt_sets={"mine": mine})
+    with pytest.raises(DataError, match=sentence):
+        run_stage("lm", monkeypatch)
 
 
 @pytest.mark.parametrize(
