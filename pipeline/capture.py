@@ -205,8 +205,7 @@ def law_of(rows: Sequence[dict[str, Any]], spec: TargetSpec, *, path: Path) -> s
         if problem:
             raise DataError(
                 found=f"{path}: sequence {row['id']!r} {problem}",
-                expected=f"1 to {spec.context_tokens} tokens with a turn each, ids below "
-                f"{spec.vocab_size}",
+                expected=f"1 to {spec.context} with a turn each, ids below {spec.vocab_size}",
                 todo=rerun,
             )
     return str(laws[0])

@@ -12,7 +12,7 @@ from pipeline import draft, loss
 from pipeline.audit import VerifyConfig
 from pipeline.capture import CaptureConfig
 from pipeline.cluster import ClusterConfig
-from pipeline.config import PARAMS, parse
+from pipeline.config import PARAMS, near, parse
 from pipeline.embedded import EmbeddedConfig
 from pipeline.evaluate import EvaluateConfig
 from pipeline.export import ExportConfig, find_format
@@ -83,10 +83,12 @@ def _all_there(params: Mapping[str, Any]) -> None:
     known = [*SECTIONS, *BY_KIND, *MATRIX]
     for name in params:
         if name not in known:
+            meant = near(str(name), [k for k in known if k not in params])
             raise ConfigError(
                 found=f"{PARAMS}: section {name!r} is unknown",
                 expected=f"one of {', '.join(known)}",
-                todo=f"remove {name} from {PARAMS} or correct its spelling",
+                todo=f"remove {name} from {PARAMS} or correct its spelling"
+                + (f" (is it {meant}?)" if meant else ""),
             )
     for name in known:
         if name not in params:

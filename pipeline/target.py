@@ -84,6 +84,7 @@ class TargetSpec(Strict):
     eos_ids: list[int]
     bos_id: int | None
     context_tokens: int
+    """The longest sequence whose law does not depend on what shares its batch."""
     dtype: DType
     sharpen: float
     """Temperature folded into the final norm of the embedded target; 1.0 otherwise."""
@@ -91,6 +92,14 @@ class TargetSpec(Strict):
     """Digest of config.json and generation_config.json."""
     trust_remote_code: bool = False
     weights: tuple[WeightsFile, ...] = Field(default=(), strict=False)
+    longrope: bool = False
+    """Whether the model takes other rotary angles, for all of a batch, beyond context_tokens."""
+
+    @property
+    def context(self) -> str:
+        """`context_tokens` in words, with what ends it where that is no end of the model's own."""
+        why = " (beyond, longrope turns all of a batch by other angles)" if self.longrope else ""
+        return f"{self.context_tokens} tokens{why}"
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,9 @@ def broken(path: str, value: Any) -> dict[str, Any]:
         ("train.rate", 1.0, r"train\.rate is unknown; .*remove train\.rate"),
         ("train.lr", None, r"train\.lr is missing; .*add train\.lr"),
         ("training", {}, r"section 'training' is unknown; expected one of prepare, target"),
+        ("drafts.lm.lr_scale", -1.0, r"drafts\.lm\.lr_scale is -1\.0; expected .*greater than 0"),
+        ("drafts.lm.steps_scale", 0.0, r"drafts\.lm\.steps_scale is 0\.0; expected .*greater"),
+        ("verify.max_logp_error", float("inf"), r"verify\.max_logp_error is inf; .*finite"),
         ("train.depth_weights", "survival", r"expected depth_decay 1\.0 with depth_weights surv"),
         ("train.depth_weights", "focal", r"train\.depth_weights is 'focal'; .*'survival'"),
         ("verify", None, r"section verify is missing"),
@@ -131,3 +134,9 @@ def test_a_refusal_leaves_the_out_in_place(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ConfigError, match=r"capture\.mode is 'top'"):
         check.main()
     assert Path("checked/params.json").is_file()
+
+
+def test_a_section_that_is_nearly_one_is_told_which() -> None:
+    params = {("generat" if name == "generate" else name): v for name, v in GOOD.items()}
+    with pytest.raises(ConfigError, match=r"section 'generat' is unknown; .*\(is it generate\?\)"):
+        check_params(params)
