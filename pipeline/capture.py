@@ -183,7 +183,8 @@ def law_of(rows: Sequence[dict[str, Any]], spec: TargetSpec, *, path: Path) -> s
     """The law that all sequences of a file are samples of.
 
     `DataError` where there is none, where they mix laws, and where one is longer than the target's
-    context, holds an id outside its vocabulary, or no token at all.
+    context, holds an id outside its vocabulary, no token at all, or another one's name; and where
+    no token of any of them is supervised.
     """
     rerun = "run dvc repro generate, or correct the sequences"
     laws = sorted({row["law"] for row in rows})
@@ -193,6 +194,7 @@ def law_of(rows: Sequence[dict[str, Any]], spec: TargetSpec, *, path: Path) -> s
             expected="at least one sequence, all of one law",
             todo=rerun,
         )
+    seen: set[str] = set()
     for row in rows:
         tokens = row["tokens"]
         problem = ""
@@ -208,6 +210,19 @@ def law_of(rows: Sequence[dict[str, Any]], spec: TargetSpec, *, path: Path) -> s
                 expected=f"1 to {spec.context} with a turn each, ids below {spec.vocab_size}",
                 todo=rerun,
             )
+        if row["id"] in seen:
+            raise DataError(
+                found=f"{path}: two sequences {row['id']!r}",
+                expected="an id of its own for each, by which tail samples are drawn",
+                todo=rerun,
+            )
+        seen.add(row["id"])
+    if not any(turn >= 0 for row in rows for turn in row["turn"]):
+        raise DataError(
+            found=f"{path}: no token of its {len(rows)} sequences is in an assistant's turn",
+            expected="turns (0 or more) at what a draft is to learn",
+            todo=f"look at lkcache show --mask, and {rerun}",
+        )
     return str(laws[0])
 
 

@@ -211,6 +211,8 @@ def pin(home: Path, out: Path, *, origin: Origin) -> TargetSpec:
     probe(Target(model=model, tokenizer=tokenizer, spec=spec))
     write_interface(out, model)
     write_mtp(out, home, model.config.get_text_config())
+    files = (out / name for name in (INTERFACE, MTP) if (out / name).is_file())
+    spec = spec.model_copy(update={"interface": {path.name: sample_digest(path) for path in files}})
     if spec.longrope:
         print(
             f"target: the context counts as {spec.context}, so that no law depends on a "

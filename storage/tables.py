@@ -121,14 +121,21 @@ def write_table(path: Path, schema: pa.Schema, rows: Iterable[Mapping[str, Any]]
 
 
 def open_table(path: Path, schema: pa.Schema) -> pa.Table:
-    """The columns of a table; `DataError` where the file is missing or its columns differ."""
+    """The columns of a table; `DataError` where the file is missing, torn or of other columns."""
     if not path.is_file():
         raise DataError(
             found=f"no file {path}",
             expected="the table that an earlier stage writes",
             todo="run dvc repro",
         )
-    table = pq.read_table(path)
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            found=f"{path} cannot be read ({' '.join(str(error).split())})",
+            expected="a whole parquet file",
+            todo="run dvc repro, so that the stage writes it anew, or fetch it again",
+        ) from None
     if not table.schema.equals(schema):
         raise DataError(
             found=f"{path} has columns {', '.join(table.schema.names)}",
@@ -139,6 +146,6 @@ def open_table(path: Path, schema: pa.Schema) -> pa.Table:
 
 
 def read_table(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
-    """Read all rows; `DataError` where the file is missing or its columns differ."""
+    """Read all rows; `DataError` where the file is missing, torn or of other columns."""
     rows: list[dict[str, Any]] = open_table(path, schema).to_pylist()
     return rows
