@@ -19,7 +19,7 @@ from pipeline.export import ExportConfig, find_format
 from pipeline.findings import ReportConfig
 from pipeline.generate import GenerateConfig
 from pipeline.matrix import Arm, Export, Start, check_matrix
-from pipeline.pin import PretrainedConfig, TargetConfig
+from pipeline.pin import PretrainedConfig, TargetConfig, check_place
 from pipeline.prompts import SETS, PrepareConfig
 from pipeline.setting import Setting
 from pipeline.sources import StdlibSource, check_source, require_file
@@ -157,6 +157,7 @@ def _check_revision(target: PretrainedConfig) -> None:
             expected="the commit of the hub repository, 40 hex digits, since a branch can move",
             todo="set target.revision to the commit that its page shows, or name a local folder",
         )
+    check_place(target)
 
 
 def _check_report(sections: Mapping[str, Any], params: Mapping[str, Any]) -> None:

@@ -125,6 +125,18 @@ def _check_shape(shape: ShapeConfig, path: Path) -> None:
 
 
 def _find(config: PretrainedConfig) -> Path:
+    check_place(config)
+    home = Path(config.model)
+    if config.revision is None:
+        return home
+    return snapshot(config.model, config.revision)
+
+
+def check_place(config: PretrainedConfig) -> None:
+    """`TargetError` unless the section names a folder alone, or a hub id with a commit.
+
+    Nothing is opened or fetched: `check` asks it too, before DVC gives up the present target.
+    """
     home = Path(config.model)
     if home.is_dir():
         if config.revision is not None:
@@ -133,7 +145,7 @@ def _find(config: PretrainedConfig) -> Path:
                 expected="null, since a folder is pinned by the digest of its weights",
                 todo="set target.revision to null",
             )
-        return home
+        return
     if config.model.count("/") > 1 or config.model.startswith((".", "/", "~")):
         raise TargetError(
             found=f"no folder {config.model}",
@@ -146,7 +158,6 @@ def _find(config: PretrainedConfig) -> Path:
             expected="a commit of 40 hex digits, since a branch or a tag of the hub can move",
             todo="copy the commit from the model's page on the hub, or name a local folder",
         )
-    return snapshot(config.model, config.revision)
 
 
 def check_folder(home: Path, *, trust_remote_code: bool = False) -> None:

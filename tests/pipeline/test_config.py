@@ -82,6 +82,8 @@ def test_what_editors_leave_in_a_file_is_read_or_named(tmp_path: Path) -> None:
     assert read_params(path) == {"a": {"b": 1}}
     with pytest.raises(ConfigError, match=r"'\\t' that cannot start any token at line 2"):
         read_params(file(tmp_path, "a:\n\tb: 1"))
-    with pytest.raises(ConfigError, match=r'duplicate key "b" .* at line 3, [^;]*; expected') as told:
+    with pytest.raises(
+        ConfigError, match=r'duplicate key "b" .* at line 3, [^;]*; expected'
+    ) as told:
         read_params(file(tmp_path, "a:\n  b: 1\n  b: 2\n"))
     assert "suppress" not in str(told.value)

@@ -631,7 +631,9 @@ def test_no_law_depends_on_a_neighbour_where_the_rotary_angles_follow_the_longes
         beside = target.logits(target.forward(batch).last_hidden[0, :10])
         assert torch.allclose(alone, beside, atol=1e-5) == same
     why = r" \(beyond, longrope turns" if spec.longrope else ";"
-    with pytest.raises(TargetError, match="rows of 17 tokens; expected .* context of 16 tokens" + why):
+    with pytest.raises(
+        TargetError, match="rows of 17 tokens; expected .* context of 16 tokens" + why
+    ):
         Session(target, 1, 17)
     row = {"id": "s", "tokens": [1] * 17, "turn": [0] * 17, "law": "T=1"}
     with pytest.raises(DataError, match="sequence 's' has 17 tokens; expected 1 to 16 tokens"):

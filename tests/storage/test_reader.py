@@ -313,7 +313,9 @@ def test_a_manifest_that_is_none_is_refused(tmp_path: Path) -> None:
         Cache.open(path)
     for values in ({"format": "zarr"}, {"format": "lkcache", "version": "1"}, {"version": 0}):
         edit_manifest(path, **values)
-        with pytest.raises(CorruptPart, match=r"cannot be read \(ValueError: format '\w+', version"):
+        with pytest.raises(
+            CorruptPart, match=r"cannot be read \(ValueError: format '\w+', version"
+        ):
             Cache.open(path)
 
 
