@@ -280,8 +280,8 @@ def longrope_tokens(config: Any) -> int | None:
     """The length up to which longrope's angles are those of short sequences; None without it.
 
     transformers chooses by the longest sequence of a batch, so that beyond this length the law of a
-    short one would depend on its neighbours. `dynamic` changes beyond max_position_embeddings alone,
-    where the context ends anyway; all other rules never do.
+    short one would depend on its neighbours. `dynamic` changes beyond max_position_embeddings,
+    where the context ends anyway; no other rule does.
     """
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     rules = [rule for rule in rope.values() if isinstance(rule, dict)] or [rope]

@@ -92,7 +92,7 @@ class TargetSpec(Strict):
     """Digest of config.json and generation_config.json."""
     trust_remote_code: bool = False
     weights: tuple[WeightsFile, ...] = Field(default=(), strict=False)
-    interface: dict[str, str] = {}
+    interface: dict[str, str] = Field(default_factory=dict)
     """`sample_digest` of each file of `target/interface`, compared whenever one is opened."""
     longrope: bool = False
     """Whether the model takes other rotary angles, for all of a batch, beyond context_tokens."""

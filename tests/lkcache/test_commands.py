@@ -375,9 +375,11 @@ def test_verbs_outside_a_project_say_where_they_belong(
     with pytest.raises(ConfigError, match=r"no params\.yaml in .*; run from the project's root"):
         matrix(["lm:0:kl"])
     Path("params.yaml").write_text("drafts: {}\nlosses: [1]\n")
-    with pytest.raises(ConfigError, match="params.yaml has no mapping losses; expected the whole"):
+    with pytest.raises(
+        ConfigError, match=r"params\.yaml has no mapping losses; expected the whole"
+    ):
         matrix(["lm:0:kl"])
     with pytest.raises(
-        CacheError, match="s3:/bucket/c.zarr, which lies in a store; expected a fol"
+        CacheError, match=r"s3:/bucket/c\.zarr, which lies in a store; expected a fol"
     ):
         repair(Path("s3://bucket/c.zarr"))

@@ -67,11 +67,11 @@ def test_a_missing_file_and_a_broken_one_are_told_apart(tmp_path: Path) -> None:
         read_params(file(tmp_path, "a: [1,"))
     with pytest.raises(ConfigError, match="holds list; expected a mapping"):
         read_params(file(tmp_path, "[1]"))
-    with pytest.raises(ConfigError, match="is empty; expected a mapping.*lkcache use PRESET"):
+    with pytest.raises(ConfigError, match=r"is empty; expected a mapping.*lkcache use PRESET"):
         read_params(file(tmp_path, "# nothing\n"))
+    path = tmp_path / "params.yaml"
+    path.write_bytes("a: é".encode("latin-1"))
     with pytest.raises(ConfigError, match=r"is not UTF-8 \(byte 3\); .*; save .* as UTF-8"):
-        path = tmp_path / "params.yaml"
-        path.write_bytes("a: é".encode("latin-1"))
         read_params(path)
 
 

@@ -306,7 +306,7 @@ def test_a_server_that_cannot_serve_the_target_is_refused_at_once(
         asked(tmp_path, config(fake.url), long)
     short = Reader(None, V, [EOS], longrope_tokens=32)
     with (
-        pytest.raises(TargetError, match="context of 64 tokens; expected at most 32, .*len 32"),
+        pytest.raises(TargetError, match=r"context of 64 tokens; expected at most 32, .*len 32"),
         Journal(tmp_path, lock=tmp_path / "longrope.lock") as journal,
     ):
         ask(ASKS, server=config(fake.url), reader=short, journal=journal)

@@ -150,8 +150,12 @@ def test_a_place_that_is_none_is_refused_before_dvc_gives_up_the_target(
 ) -> None:
     params = copy.deepcopy(GOOD)
     params["target"] = {
-        "kind": "pretrained", "model": model, "revision": revision, "dtype": "float32",
-        "trust_remote_code": False, "threads": 1,
+        "kind": "pretrained",
+        "model": model,
+        "revision": revision,
+        "dtype": "float32",
+        "trust_remote_code": False,
+        "threads": 1,
     }
     with pytest.raises((ConfigError, TargetError), match=sentence):
         check_params(params)
