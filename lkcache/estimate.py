@@ -1,6 +1,9 @@
 """`lkcache estimate`: bytes, hours and free disk, before anything runs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +14,7 @@ from typer import Option
 
 from lkcache.words import duration, num_bytes
 from pipeline.budget import training
-from pipeline.config import read_params
+from pipeline.config import PARAMS, read_params
 from pipeline.estimate import Line, reductions, target_shape
 from pipeline.estimate import estimate as lines_of
 from storage.errors import ConfigError
@@ -49,9 +52,15 @@ def estimate(
         )
     params = read_params()
     _check(params)
-    lines = lines_of(params, tflops=tflops)
-    lines = _measured(lines) if dry_run else lines
-    lines += _hours(params, lines, tflops)
+    with _named(params):
+        lines = lines_of(params, tflops=tflops)
+        hours = _hours(params, lines, tflops)
+        savings = reductions(params)
+    if dry_run:
+        lines = _measured(lines)
+        with _named(params):
+            hours = _hours(params, lines, tflops)
+    lines += hours
     table = Table(title=f"capture in mode {params['capture']['mode']}, by params.yaml")
     for column in ("what", "how much", "label"):
         table.add_column(column, justify="right" if column == "how much" else "left")
@@ -66,7 +75,7 @@ def estimate(
             f"the disk will not hold the cache: {num_bytes(need)} needed, {num_bytes(free)} free. "
             "What would save how much:"
         )
-        for line in reductions(params):
+        for line in savings:
             console.print(Text(f"  {num_bytes(line.value):>8}  {line.what}"))
         return EXIT_TOO_SMALL
     if 2 * need > free:
@@ -74,9 +83,25 @@ def estimate(
             f"room for the cache ({num_bytes(need)} of {num_bytes(free)} free) but not for DVC's "
             "copy beside it: `dvc config cache.type reflink,hardlink,copy` avoids one"
         )
-    savings = [f"{num_bytes(line.value)} by {line.what}" for line in reductions(params)]
-    console.print(Text(f"what would save most: {'; '.join(savings[:REDUCTIONS])}"))
+    told = [f"{num_bytes(line.value)} by {line.what}" for line in savings[:REDUCTIONS]]
+    console.print(Text(f"what would save most: {'; '.join(told)}"))
     return 0
+
+
+@contextmanager
+def _named(params: dict[str, Any]) -> Iterator[None]:
+    """Name the value that no estimate can be made of, as `check` does where torch is there."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        with suppress(ImportError):
+            import_module("pipeline.check").check_params(params)
+        raise ConfigError(
+            found=f"{PARAMS} with a value of which no estimate can be made "
+            f"({type(error).__name__}: {error})",
+            expected="parameters as presets/embedded.yaml has them",
+            todo="run python -m stages.check, which names it, and correct it",
+        ) from None
 
 
 def _measured(lines: list[Line]) -> list[Line]:

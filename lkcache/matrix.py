@@ -5,7 +5,7 @@ from typing import Annotated
 from typer import Argument
 
 from lkcache.presets import dump, write_cells, yaml
-from pipeline.config import PARAMS
+from pipeline.config import PARAMS, read_params
 from pipeline.matrix import Export
 from storage.errors import ConfigError
 
@@ -17,8 +17,15 @@ def matrix(
 
     An export of an arm that is no longer in the matrix is dropped, and said so.
     """
-    params = yaml().load(PARAMS)
     lists = dict(_row(row) for row in rows)
+    for section in ("drafts", "losses", "exports"):
+        if not isinstance(read_params().get(section), dict):
+            raise ConfigError(
+                found=f"{PARAMS} has no mapping {section}",
+                expected="the whole parameter file of a project",
+                todo="correct it, or write it anew with lkcache use PRESET",
+            )
+    params = yaml().load(PARAMS)
     old: dict[str, list[str]] = {}
     for key, cell in params["exports"].items():
         old.setdefault(Export(**cell).arm(key), []).append(cell["format"])

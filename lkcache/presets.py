@@ -26,6 +26,12 @@ def names(folder: Path) -> list[str]:
 
 def compose(folder: Path, preset: str) -> CommentedMap:
     """The whole parameter file that a preset stands for; `ConfigError` lists those that exist."""
+    if not names(folder):
+        raise ConfigError(
+            found=f"no presets in {folder.absolute()}",
+            expected="those that a project carries",
+            todo="run from the project's root, or lay one out with lkcache init",
+        )
     if preset not in names(folder):
         raise ConfigError(
             found=f"preset {preset!r}",

@@ -67,6 +67,12 @@ def repair(
 
 def _project(cache: Path) -> Path:
     """The folder whose stage wrote the cache; `CacheError` where the cache stands alone."""
+    if cache.parts and cache.parts[0].endswith(":"):  # a URL, of which Path keeps one slash
+        raise CacheError(
+            found=f"{cache}, which lies in a store",
+            expected="a folder of the project that captured it",
+            todo="repair the cache there, or dvc checkout it, and push it again",
+        )
     if not cache.is_dir():
         raise CacheError(
             found=f"no folder {cache}", expected="a cache, damaged or not", todo="correct the path"

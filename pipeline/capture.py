@@ -183,7 +183,8 @@ def law_of(rows: Sequences, spec: TargetSpec) -> str:
     """The law that all sequences of a file are samples of.
 
     `DataError` where there is none, where they mix laws, and where one is longer than the target's
-    context, holds an id outside its vocabulary, or no token at all.
+    context, holds an id outside its vocabulary, no token at all, or another one's name; and where
+    no token of any of them is supervised.
     """
     rerun = "run dvc repro generate, or correct the sequences"
     found = rows.survey
@@ -208,11 +209,33 @@ def law_of(rows: Sequences, spec: TargetSpec) -> str:
         (row,) = rows.take([first])
         raise DataError(
             found=f"{rows.path}: sequence {row['id']!r} {problem}",
-            expected=f"1 to {spec.context_tokens} tokens with a turn each, ids below "
-            f"{spec.vocab_size}",
+            expected=f"1 to {spec.context} with a turn each, ids below {spec.vocab_size}",
             todo=rerun,
         )
+    if (doubled := _doubled(rows)) is not None:
+        raise DataError(
+            found=f"{rows.path}: two sequences {doubled!r}",
+            expected="an id of its own for each, by which tail samples are drawn",
+            todo=rerun,
+        )
+    if not found.written.any():
+        raise DataError(
+            found=f"{rows.path}: no token of its {len(rows)} sequences is in an assistant's turn",
+            expected="turns (0 or more) at what a draft is to learn",
+            todo=f"look at lkcache show --mask, and {rerun}",
+        )
     return found.laws[0]
+
+
+def _doubled(rows: Sequences) -> str | None:
+    """An id that two sequences have."""
+    _, place, count = np.unique(rows.survey.ids, return_inverse=True, return_counts=True)
+    seen: set[str] = set()
+    for row in rows.take(np.flatnonzero(count[place] > 1)):
+        if row["id"] in seen:
+            return str(row["id"])
+        seen.add(row["id"])
+    return None
 
 
 def plan(

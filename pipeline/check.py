@@ -12,14 +12,14 @@ from pipeline import draft, loss
 from pipeline.audit import VerifyConfig
 from pipeline.capture import CaptureConfig
 from pipeline.cluster import ClusterConfig
-from pipeline.config import PARAMS, parse
+from pipeline.config import PARAMS, near, parse
 from pipeline.embedded import EmbeddedConfig
 from pipeline.evaluate import EvaluateConfig
 from pipeline.export import ExportConfig, find_format
 from pipeline.findings import ReportConfig
 from pipeline.generate import GenerateConfig
 from pipeline.matrix import Arm, Export, Start, check_matrix
-from pipeline.pin import PretrainedConfig, TargetConfig
+from pipeline.pin import PretrainedConfig, TargetConfig, check_place
 from pipeline.prompts import SETS, PrepareConfig
 from pipeline.setting import Setting
 from pipeline.sources import StdlibSource, check_source, require_file
@@ -83,10 +83,12 @@ def _all_there(params: Mapping[str, Any]) -> None:
     known = [*SECTIONS, *BY_KIND, *MATRIX]
     for name in params:
         if name not in known:
+            meant = near(str(name), [k for k in known if k not in params])
             raise ConfigError(
                 found=f"{PARAMS}: section {name!r} is unknown",
                 expected=f"one of {', '.join(known)}",
-                todo=f"remove {name} from {PARAMS} or correct its spelling",
+                todo=f"remove {name} from {PARAMS} or correct its spelling"
+                + (f" (is it {meant}?)" if meant else ""),
             )
     for name in known:
         if name not in params:
@@ -155,6 +157,7 @@ def _check_revision(target: PretrainedConfig) -> None:
             expected="the commit of the hub repository, 40 hex digits, since a branch can move",
             todo="set target.revision to the commit that its page shows, or name a local folder",
         )
+    check_place(target)
 
 
 def _check_report(sections: Mapping[str, Any], params: Mapping[str, Any]) -> None:

@@ -6,8 +6,9 @@ file, the key, what was found and what was expected. YAML 1.2 through ruamel.yam
 (PyYAML takes `1e-4` for a string).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,13 +20,17 @@ from ruamel.yaml.error import YAMLError
 from storage.errors import ConfigError
 
 PARAMS = Path("params.yaml")
+LARGEST = 2**63 - 1  # of a whole number, as torch and numpy count
 T = TypeVar("T")
 
 
 class Strict(BaseModel):
-    """Base of every section's model: frozen, no unknown key, no silent conversion."""
+    """Base of every section's model: frozen, no unknown key, no silent conversion, finite numbers.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    An infinite tolerance would pass every check, and digests know no JSON for it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def read_params(path: Path = PARAMS) -> dict[str, Any]:
@@ -41,19 +46,25 @@ def read_params(path: Path = PARAMS) -> dict[str, Any]:
             expected="the project's parameter file",
             todo="run from the project's root, where dvc.yaml lies",
         ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            found=f"{path} is not UTF-8 (byte {error.start})",
+            expected="a YAML 1.2 mapping of sections in UTF-8",
+            todo=f"save {path} as UTF-8",
+        ) from None
     try:
         params = deepcopy(_parsed(text))
     except YAMLError as error:
         raise ConfigError(
-            found=f"{path} is not YAML: {' '.join(str(error).split())}",
+            found=f"{path} is not YAML: {_told(error)}",
             expected="a YAML 1.2 mapping of sections",
             todo=f"mend {path}",
         ) from None
     if not isinstance(params, dict):
         raise ConfigError(
-            found=f"{path} holds {type(params).__name__}",
+            found=f"{path} is empty" if params is None else f"{path} holds {type(params).__name__}",
             expected="a mapping of sections",
-            todo=f"mend {path}",
+            todo=f"mend {path}, or write it anew with lkcache use PRESET",
         )
     return params
 
@@ -66,13 +77,63 @@ def _parsed(text: str) -> Any:
 
 def parse(section: str, value: object, model: type[T] | Any, *, path: Path = PARAMS) -> T:
     """Validate one section's value; `model` is a pydantic model or any annotated type of them."""
+    if large := next(_large(value), None):
+        keys, number = large
+        raise ConfigError(
+            found=f"{path}: {'.'.join([section, *keys])} is {number:.3g}",
+            expected=f"a whole number between -2^63 and 2^63, {LARGEST:.2g}",
+            todo=f"correct it in {path}",
+        )
+    adapter = TypeAdapter(model)
     try:
-        parsed: T = TypeAdapter(model).validate_python(value)
+        parsed: T = adapter.validate_python(value)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        found = error.errors(include_url=False)
+        first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
         where = ".".join([section, *_keys(first, value)])
-        raise ConfigError(**_sentence(where, first, len(error.errors()), path)) from None
+        meant = _meant(first, found, adapter)
+        raise ConfigError(**_sentence(where, first, len(found), path, meant)) from None
     return parsed
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """The known name that a misspelt one most likely stands for; empty where none is near."""
+    return next(iter(get_close_matches(name, list(known), n=1)), "")
+
+
+def _told(error: YAMLError) -> str:
+    """What is wrong with a file and where, without the parser's advice on its own options."""
+    text = " ".join(str(error).split()).replace(' in "<unicode string>",', " at")
+    return text.partition(" To suppress this check")[0]
+
+
+def _large(value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
+    """The whole numbers that no tensor's size and no generator's seed can be."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _large(inner, (*keys, str(key)))
+    elif isinstance(value, list):
+        for place, inner in enumerate(value):
+            yield from _large(inner, (*keys, str(place)))
+    elif isinstance(value, int) and abs(value) > LARGEST:
+        yield keys, value
+
+
+def _meant(unknown: Any, found: Sequence[Any], adapter: TypeAdapter[Any]) -> str:
+    """The parameter that an unknown one most likely stands for: one that misses, else any."""
+    if unknown["type"] != "extra_forbidden":
+        return ""
+    *parents, name = unknown["loc"]
+    missing = [
+        str(one["loc"][-1])
+        for one in found
+        if one["type"] == "missing" and [*one["loc"][:-1]] == parents
+    ]
+    schema = adapter.json_schema()
+    models = [schema, *schema.get("$defs", {}).values()]
+    return near(str(name), missing) or near(
+        str(name), sorted({key for model in models for key in model.get("properties", {})})
+    )
 
 
 def load(section: str, model: type[T] | Any, *, path: Path = PARAMS) -> T:
@@ -106,8 +167,8 @@ def _keys(error: Any, value: Any) -> list[str]:
     return keys
 
 
-def _sentence(where: str, error: Any, count: int, path: Path) -> dict[str, str]:
-    """The three parts of a `ConfigError` from pydantic's first finding."""
+def _sentence(where: str, error: Any, count: int, path: Path, meant: str) -> dict[str, str]:
+    """The three parts of a `ConfigError` from the first of pydantic's findings."""
     more = f" (and {count - 1} more)" if count > 1 else ""
     if error["type"] == "missing":
         found, expected = f"{path}: {where} is missing", "a value for every parameter"
@@ -115,6 +176,8 @@ def _sentence(where: str, error: Any, count: int, path: Path) -> dict[str, str]:
     elif error["type"] == "extra_forbidden":
         found, expected = f"{path}: {where} is unknown", "only parameters that a stage reads"
         todo = f"remove {where} from {path} or correct its spelling"
+        if meant:
+            todo += f" (is it {meant}?)"
     else:
         message = str(error["msg"]).removeprefix("Value error, ")
         is_section = isinstance(error["input"], Mapping) and error["type"] == "value_error"

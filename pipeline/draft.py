@@ -40,9 +40,9 @@ class DraftConfig(Strict):
     """What every draft's section holds besides its own shape."""
 
     kind: str
-    lr_scale: float
+    lr_scale: Annotated[float, Field(gt=0)]
     """Factor on `warmup.lr` and `train.lr` for this draft, every loss alike."""
-    steps_scale: float
+    steps_scale: Annotated[float, Field(gt=0)]
     """Factor on `warmup.steps` and `train.steps` for this draft, every loss alike."""
     start: StartFrom | None = None
     """Where its weights begin; None draws them from the seed."""

@@ -8,6 +8,7 @@ that no later stage has to trust a family's conventions.
 import json
 import math
 import re
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -46,6 +47,7 @@ PROBE_TOKENS = 8
 PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 STATIC_ROPE = ("linear", "llama3", "yarn")
+LONGROPE = ("longrope", "su")  # the name, and an older one
 # where families keep their first multi-token-prediction module; {n}: the number of layers
 MTP_PREFIXES = {
     "deepseek": "model.layers.{n}.",
@@ -123,6 +125,18 @@ def _check_shape(shape: ShapeConfig, path: Path) -> None:
 
 
 def _find(config: PretrainedConfig) -> Path:
+    check_place(config)
+    home = Path(config.model)
+    if config.revision is None:
+        return home
+    return snapshot(config.model, config.revision)
+
+
+def check_place(config: PretrainedConfig) -> None:
+    """`TargetError` unless the section names a folder alone, or a hub id with a commit.
+
+    Nothing is opened or fetched: `check` asks it too, before DVC gives up the present target.
+    """
     home = Path(config.model)
     if home.is_dir():
         if config.revision is not None:
@@ -131,7 +145,7 @@ def _find(config: PretrainedConfig) -> Path:
                 expected="null, since a folder is pinned by the digest of its weights",
                 todo="set target.revision to null",
             )
-        return home
+        return
     if config.model.count("/") > 1 or config.model.startswith((".", "/", "~")):
         raise TargetError(
             found=f"no folder {config.model}",
@@ -144,7 +158,6 @@ def _find(config: PretrainedConfig) -> Path:
             expected="a commit of 40 hex digits, since a branch or a tag of the hub can move",
             todo="copy the commit from the model's page on the hub, or name a local folder",
         )
-    return snapshot(config.model, config.revision)
 
 
 def check_folder(home: Path, *, trust_remote_code: bool = False) -> None:
@@ -209,7 +222,17 @@ def pin(home: Path, out: Path, *, origin: Origin) -> TargetSpec:
     probe(Target(model=model, tokenizer=tokenizer, spec=spec))
     write_interface(out, model)
     write_mtp(out, home, model.config.get_text_config())
-    write_json(out / SPEC, spec.model_dump())
+    files = (out / name for name in (INTERFACE, MTP) if (out / name).is_file())
+    spec = spec.model_copy(update={"interface": {path.name: sample_digest(path) for path in files}})
+    if spec.longrope:
+        print(
+            f"target: the context counts as {spec.context}, so that no law depends on a "
+            "neighbour; vLLM must serve it with --max-model-len no longer than that, since beyond "
+            "it takes those angles for every sequence",
+            file=sys.stderr,
+        )
+    # most targets have none of it, and their description stays as it always was
+    write_json(out / SPEC, spec.model_dump(exclude=None if spec.longrope else {"longrope"}))
     return spec
 
 
@@ -233,7 +256,10 @@ def describe(model: Any, tokenizer: Any, home: Path, *, origin: Origin) -> Targe
         "vocab_size": model.get_output_embeddings().weight.shape[0],
         "dtype": origin.dtype,
     }
+    context_tokens, switch = text.max_position_embeddings, longrope_tokens(text)
+    longrope = switch is not None and switch < context_tokens
     return TargetSpec(
+        longrope=longrope,
         kind=origin.kind,
         model=origin.model,
         revision=origin.revision,
@@ -242,12 +268,30 @@ def describe(model: Any, tokenizer: Any, home: Path, *, origin: Origin) -> Targe
         num_layers=text.num_hidden_layers,
         eos_ids=_eos_ids(model, tokenizer),
         bos_id=tokenizer.bos_token_id,
-        context_tokens=text.max_position_embeddings,
+        context_tokens=switch if longrope and switch else context_tokens,
         sharpen=origin.sharpen,
         trust_remote_code=origin.trust_remote_code,
         weights=weights,
         **content,
     )
+
+
+def longrope_tokens(config: Any) -> int | None:
+    """The length up to which longrope's angles are those of short sequences; None without it.
+
+    transformers chooses by the longest sequence of a batch, so that beyond this length the law of a
+    short one would depend on its neighbours. `dynamic` changes beyond max_position_embeddings,
+    where the context ends anyway; no other rule does.
+    """
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    rules = [rule for rule in rope.values() if isinstance(rule, dict)] or [rope]
+    found = [
+        rule.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", config.max_position_embeddings)
+        for rule in rules
+        if (rule.get("rope_type") or rule.get("type")) in LONGROPE
+    ]
+    return min(found, default=None)
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> list[int]:

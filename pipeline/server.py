@@ -110,6 +110,8 @@ class Reader:
     tokenizer: Any
     vocab_size: int
     eos_ids: Sequence[int]
+    longrope_tokens: int | None = None
+    """A longer context of the server itself gives its sequences other rotary angles; None: none."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,7 @@ def ask(
     tally = Tally() if tally is None else tally
     left = {one.key: one for one in asks if journal.get(one.key) is None}
     if left:
-        with _connection(server) as call:
+        with _Connection(server) as call:
             _ask_all(call, list(left.values()), server, reader, journal, tally)
     known = [journal.get(one.key) for one in asks]
     tally.drifted += sum(answer[1] for answer in known if answer is not None)
@@ -280,10 +282,6 @@ class _Connection:
         self._pool.clear()
 
 
-def _connection(server: ServerConfig) -> _Connection:
-    return _Connection(server)
-
-
 def _key(server: ServerConfig) -> dict[str, str]:
     if server.api_key is None:
         return {}
@@ -301,7 +299,9 @@ def _excerpt(data: bytes) -> str:
     return repr(" ".join(data.decode("utf-8", "replace").split())[:200])
 
 
-def _served_model(call: _Connection, server: ServerConfig, asks: Sequence[Ask]) -> str:
+def _served_model(
+    call: _Connection, server: ServerConfig, reader: Reader, asks: Sequence[Ask]
+) -> str:
     """The name to ask for; checks that the server answers, has it, and has room for each ask."""
     if server.protocol == "text" and server.model is not None:
         return server.model  # such servers may list nothing and load a model when asked
@@ -345,6 +345,14 @@ def _served_model(call: _Connection, server: ServerConfig, asks: Sequence[Ask]) 
             todo="start it with a longer context, or lower generate.max_prompt_tokens or "
             "generate.max_new_tokens",
         )
+    short = reader.longrope_tokens
+    if server.protocol == "vllm" and short is not None and isinstance(limit, int) and limit > short:
+        raise TargetError(
+            found=f"the server at {server.root} has a context of {limit} tokens",
+            expected=f"at most {short}, up to which a longrope target has one law: vLLM takes the "
+            "angles of long sequences for all of them where its context is longer",
+            todo=f"start it with --max-model-len {short}",
+        )
     return name
 
 
@@ -357,7 +365,7 @@ def _ask_all(
     tally: Tally,
 ) -> None:
     """Keep `concurrency` requests under way until all are answered or too many have failed."""
-    model = _served_model(call, server, asks)
+    model = _served_model(call, server, reader, asks)
     protocol = PROTOCOLS[server.protocol]
     waiting = iter(asks)
 

@@ -132,7 +132,7 @@ class Session:
         if width > target.spec.context_tokens:
             raise TargetError(
                 found=f"rows of {width} tokens",
-                expected=f"at most the target's context of {target.spec.context_tokens}",
+                expected=f"at most the target's context of {target.spec.context}",
                 todo="ask for fewer prompt or response tokens",
             )
         config = target.model.config.get_text_config()

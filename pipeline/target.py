@@ -84,6 +84,7 @@ class TargetSpec(Strict):
     eos_ids: list[int]
     bos_id: int | None
     context_tokens: int
+    """The longest sequence whose law does not depend on what shares its batch."""
     dtype: DType
     sharpen: float
     """Temperature folded into the final norm of the embedded target; 1.0 otherwise."""
@@ -91,6 +92,16 @@ class TargetSpec(Strict):
     """Digest of config.json and generation_config.json."""
     trust_remote_code: bool = False
     weights: tuple[WeightsFile, ...] = Field(default=(), strict=False)
+    interface: dict[str, str] = Field(default_factory=dict)
+    """`sample_digest` of each file of `target/interface`, compared whenever one is opened."""
+    longrope: bool = False
+    """Whether the model takes other rotary angles, for all of a batch, beyond context_tokens."""
+
+    @property
+    def context(self) -> str:
+        """`context_tokens` in words, with what ends it where that is no end of the model's own."""
+        why = " (beyond, longrope turns all of a batch by other angles)" if self.longrope else ""
+        return f"{self.context_tokens} tokens{why}"
 
 
 @dataclass(frozen=True)
@@ -300,13 +311,30 @@ def _stored_interface(folder: Path) -> Any:
             expected="the target's embedding, LM head and final norm",
             todo="run dvc repro target",
         )
+    _check_interface(folder, path)
     return safe_open(path, framework="pt")
+
+
+def _check_interface(folder: Path, path: Path) -> None:
+    """`TargetError` where a file of the interface is not what the target stage wrote for it.
+
+    An LM head of another target has the same shape and trains a draft of nothing.
+    """
+    pinned = read_spec(folder).interface if (folder / SPEC).is_file() else {}
+    there, here = pinned.get(path.name), sample_digest(path)
+    if there is not None and there != here:
+        raise TargetError(
+            found=f"{path} (embedding, LM head, final norm) has digest {here[:12]}",
+            expected=f"{there[:12]}, which {SPEC} pins for this target",
+            todo="bring the pinned file back, or run dvc repro --force target",
+        )
 
 
 def _read_mtp(path: Path) -> Mtp:
     """The target's own MTP module as `pipeline.pin.write_mtp` copied it."""
     from safetensors import safe_open
 
+    _check_interface(path.parents[1], path)
     with safe_open(path, framework="pt") as stored:
         described = json.loads(stored.metadata()["mtp"])
         tensors = {name: stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118

@@ -210,7 +210,8 @@ def _asking(
     assert isinstance(config.engine, ServerConfig)
     # the law and the seed are in each answer's key; where the server stands changes nothing
     identity = digest({"target": spec.fingerprint, "protocol": config.engine.protocol})
-    reader = Reader(tokenizer, spec.vocab_size, spec.eos_ids)
+    longest = spec.context_tokens if spec.longrope else None
+    reader = Reader(tokenizer, spec.vocab_size, spec.eos_ids, longest)
     folder = scratch_root(Path()) / SERVED / identity[:16]
     tally = Tally()
     with Journal(folder, lock=Path(SCRATCH) / f"{SERVED}.lock") as journal:

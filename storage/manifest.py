@@ -197,7 +197,9 @@ def _parse(content: bytes, path: Path | str) -> Manifest:
     try:
         value = json.loads(content)
         version = value["version"]
-        if value["format"] == FORMAT and isinstance(version, int) and version > VERSION:
+        if value["format"] != FORMAT or type(version) is not int or version < 1:
+            raise ValueError(f"format {value['format']!r}, version {version!r}")
+        if version > VERSION:
             raise NewerFormat(
                 found=f"{path} is of format version {version}",
                 expected=f"version {VERSION} or older",

@@ -5,15 +5,16 @@
     for row in rows.take(range(10, 20)):
         row["tokens"], row["turn"]       # [T] uint32 and [T] int32
 
-A group is a row group of the parquet file (`storage.tables.write_table`). The survey takes 25 bytes
+A group is a row group of the parquet file (`storage.tables.write_table`). The survey takes 33 bytes
 a sequence, and `take` keeps the group that it read last, for the caller that goes on from there.
 
 Dims: S sequences of a file, T tokens of one.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from storage.tables import SEQUENCES, open_parquet
+from storage.tables import SEQUENCES, open_parquet, whole
 
 Row = dict[str, Any]
 """A row of `SEQUENCES`; `tokens` is [T] uint32, `turn` [T] int32, both the caller's own."""
@@ -35,6 +36,8 @@ BUFFER_BYTES = 1 << 20
 class Survey:
     """What one pass over a file of S sequences finds of each."""
 
+    ids: NDArray[np.uint64]
+    """[S] digests of their ids: equal ids have equal ones, other ids almost surely not."""
     lengths: NDArray[np.int32]
     """[S] tokens."""
     turns: NDArray[np.int32]
@@ -92,18 +95,20 @@ class Sequences:
         found: list[tuple[NDArray[Any], ...]] = []
         laws: set[str] = set()
         codes: dict[str, int] = {}
-        for batch in self._file.iter_batches(BATCH_ROWS, columns=SEQUENCES.names[1:]):
+        for batch in self._batches():
+            ids = _digests(batch["id"])
             lengths, largest = _of_tokens(batch["tokens"])
             turns, written, supervised = _of_turns(batch["turn"])
             ended = batch["finished"].to_numpy(zero_copy_only=False)
             coded = _coded(batch["domain"], codes)
-            found.append((lengths, turns, largest, written, supervised, ended, coded))
+            found.append((ids, lengths, turns, largest, written, supervised, ended, coded))
             laws.update(batch["law"].unique().to_pylist())
-        columns = [np.concatenate(some) for some in zip(*found, strict=True)] or [_EMPTY] * 7
-        lengths, turns, largest, written, supervised, ended, coded = columns
+        columns = [np.concatenate(some) for some in zip(*found, strict=True)] or [_EMPTY] * 8
+        ids, lengths, turns, largest, written, supervised, ended, coded = columns
         domains = tuple(sorted(codes))
         place = np.array([domains.index(name) for name in codes], np.int32)
         return Survey(
+            ids=ids,
             lengths=lengths,
             turns=turns,
             largest=largest,
@@ -115,6 +120,10 @@ class Sequences:
             laws=tuple(sorted(laws)),
         )
 
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        with whole(self.path):
+            yield from self._file.iter_batches(BATCH_ROWS)
+
     def take(self, rows: Iterable[int]) -> list[Row]:
         """The rows of these numbers, in their order; quick where neighbours stand together."""
         return [self._row(int(row)) for row in rows]
@@ -125,7 +134,8 @@ class Sequences:
         number = int(np.searchsorted(self._first, row, side="right")) - 1
         if self._held is None or self._held[0] != number:
             self._held = None  # before the next is read
-            self._held = number, self._file.read_row_group(number).combine_chunks()
+            with whole(self.path):
+                self._held = number, self._file.read_row_group(number).combine_chunks()
         table, place = self._held[1], row - int(self._first[number])
         return {
             name: _numbers(table[name][place].values)
@@ -141,6 +151,12 @@ _EMPTY: NDArray[np.int32] = np.zeros(0, np.int32)
 def _numbers(values: pa.Array | None) -> NDArray[Any]:
     """A copy, since torch refuses what it may not write to and a view would hold the group."""
     return _EMPTY if values is None else values.to_numpy(zero_copy_only=False).copy()
+
+
+def _digests(column: pa.StringArray) -> NDArray[np.uint64]:
+    """[S] of names."""
+    made = (blake2b(name.encode(), digest_size=8).digest() for name in column.to_pylist())
+    return np.frombuffer(b"".join(made), np.uint64)
 
 
 def _coded(column: pa.StringArray, codes: dict[str, int]) -> NDArray[np.int32]:

@@ -15,6 +15,7 @@ size, one codec.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,8 @@ def open_parquet(
             expected="the table that an earlier stage writes",
             todo="run dvc repro",
         )
-    file = pq.ParquetFile(path, buffer_size=buffer_bytes or 0, pre_buffer=False)
+    with whole(path):
+        file = pq.ParquetFile(path, buffer_size=buffer_bytes or 0, pre_buffer=False)
     if not file.schema_arrow.equals(schema):
         raise DataError(
             found=f"{path} has columns {', '.join(file.schema_arrow.names)}",
@@ -172,13 +174,26 @@ def open_parquet(
     return file
 
 
+@contextmanager
+def whole(path: Path) -> Iterator[None]:
+    """Reads of `path` within: `DataError` where they find the file torn."""
+    try:
+        yield
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            found=f"{path} cannot be read ({' '.join(str(error).split())})",
+            expected="a whole parquet file",
+            todo="run dvc repro, so that the stage writes it anew, or fetch it again",
+        ) from None
+
+
 def open_table(path: Path, schema: pa.Schema) -> pa.Table:
-    """The columns of a table; `DataError` where the file is missing or its columns differ."""
-    with open_parquet(path, schema) as file:
+    """The columns of a table; `DataError` where the file is missing, torn or of other columns."""
+    with open_parquet(path, schema) as file, whole(path):
         return file.read()
 
 
 def read_table(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
-    """Read all rows; `DataError` where the file is missing or its columns differ."""
+    """Read all rows; `DataError` where the file is missing, torn or of other columns."""
     rows: list[dict[str, Any]] = open_table(path, schema).to_pylist()
     return rows

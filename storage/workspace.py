@@ -21,6 +21,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -210,6 +211,10 @@ class Workspace:
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(self._work)  # a full disk names no file: say whose work it was
         self._lock.release()
+        # safetensors tells the system's error as a text of its own kind
+        if told := re.search(r"\(os error (\d+)\)", str(error)) if error else None:
+            number = int(told[1])
+            raise OSError(number, os.strerror(number), str(self._work)) from error
 
     def path(self, out: Path) -> Path:
         """Where to write `out` while working; its parent exists, earlier work may lie there."""

@@ -19,9 +19,12 @@ from lkcache.compare import compare
 from lkcache.diff import diff
 from lkcache.estimate import estimate
 from lkcache.main import VERBS, _load
+from lkcache.matrix import matrix
+from lkcache.repair import repair
+from lkcache.use import use
 from lkcache.words import age, duration, num_bytes
 from pipeline.estimate import MODES
-from storage.errors import ConfigError, MissingManifest, ResultError, WorkspaceError
+from storage.errors import CacheError, ConfigError, MissingManifest, ResultError, WorkspaceError
 from storage.record import supervised
 from storage.workspace import read_json, write_json
 from tests.pipeline.synthetic import World, write_project
@@ -339,3 +342,44 @@ def test_sizes_and_times_are_written_short() -> None:
         "5 seconds ago", "3 minutes ago", "2 hours ago", "12 days ago"
     ]  # fmt: skip
     assert [duration(x) for x in (9.64, 90, 7200)] == ["9.64 s", "1.5 min", "2 h"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("vocab_size: 1024", "vocab_size: [1]", r"target\.vocab_size is \[1\]; expected"),
+        ("max_new_tokens: 96", "max_new_tokens: .inf", r"generate\.max_new_tokens is inf"),
+        ("medusa: {kind: medusa, ", "medusa: {", r"draft kind 'None'; expected one of eagle3"),
+    ],
+)
+def test_estimate_names_a_value_of_which_nothing_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, sentence: str
+) -> None:
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    assert old in text
+    (tmp_path / "params.yaml").write_text(text.replace(old, new), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=sentence):
+        estimate()
+    monkeypatch.setitem(sys.modules, "pipeline.check", None)  # where torch is not installed
+    with pytest.raises(ConfigError, match=r"no estimate can be made \(.*python -m stages\.check"):
+        estimate()
+
+
+def test_verbs_outside_a_project_say_where_they_belong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"no presets in .*; run from the project's root, or lay"):
+        use("smoke")
+    with pytest.raises(ConfigError, match=r"no params\.yaml in .*; run from the project's root"):
+        matrix(["lm:0:kl"])
+    Path("params.yaml").write_text("drafts: {}\nlosses: [1]\n")
+    with pytest.raises(
+        ConfigError, match=r"params\.yaml has no mapping losses; expected the whole"
+    ):
+        matrix(["lm:0:kl"])
+    with pytest.raises(
+        CacheError, match=r"s3:/bucket/c\.zarr, which lies in a store; expected a fol"
+    ):
+        repair(Path("s3://bucket/c.zarr"))

@@ -1,5 +1,6 @@
 """The teacher-forced pass: every stored number against a plain forward of the sequence alone."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,14 +165,19 @@ def test_batches_stay_within_their_tokens() -> None:
     assert found == [[4], [1], [6, 2, 3], [0, 5]]
 
 
+@pytest.mark.parametrize("mode", ["topk", "full"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("ids", [[17], range(64)], ids=["one", "all"])
 def test_logits_that_are_not_finite_name_sequence_and_position(
-    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch, mode: str, value: float, ids: Sequence[int]
 ) -> None:
     target = target_of(tiny_model())
     plain = target.logits
 
     def broken(last_hidden: torch.Tensor) -> torch.Tensor:
-        return plain(last_hidden).index_fill(0, torch.tensor([1]), torch.inf)
+        logits = plain(last_hidden).clone()
+        logits[1, list(ids)] = value
+        return logits
 
     monkeypatch.setattr(target, "logits", broken)
     rows = rows_of()[4:6]
@@ -180,7 +186,7 @@ def test_logits_that_are_not_finite_name_sequence_and_position(
     with pytest.raises(
         TargetError, match="logits at sequence 's5', position 3 are NaN or infinite"
     ):
-        captured(target, rows=rows)
+        captured(target, rows=rows, **({"mode": mode, **WHOLE} if mode == "full" else {}))
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,11 @@ def test_bounds_are_inclusive(steps: int) -> None:
         ({"steps": 3}, r"a\.lr is missing; expected a value.*; add a\.lr"),
         ({"steps": 3, "lr": 1.0, "x": 1}, r"a\.x is unknown; .*; remove a\.x"),
         ({"steps": 3, "x": 1, "y": 2}, r"and 2 more"),
+        ({"step": 3, "lr": 1.0}, r"a\.step is unknown .*its spelling \(is it steps\?\)"),
+        ({"steps": 3, "lr": float("inf")}, r"a\.lr is inf; expected .*finite"),
+        ({"steps": 3, "lr": float("nan")}, r"a\.lr is nan; expected .*finite"),
+        ({"steps": 10**30, "lr": 1.0}, r"a\.steps is 1e\+30; expected a whole number between"),
+        ({"steps": 3, "lr": [1, {"b": -(2**64)}]}, r"a\.lr\.1\.b is -1\.84e\+19; expected"),
         (3, r"a is 3; expected"),
     ],
 )
@@ -62,6 +67,26 @@ def test_a_missing_file_and_a_broken_one_are_told_apart(tmp_path: Path) -> None:
         read_params(file(tmp_path, "a: [1,"))
     with pytest.raises(ConfigError, match="holds list; expected a mapping"):
         read_params(file(tmp_path, "[1]"))
+    with pytest.raises(ConfigError, match=r"is empty; expected a mapping.*lkcache use PRESET"):
+        read_params(file(tmp_path, "# nothing\n"))
+    path = tmp_path / "params.yaml"
+    path.write_bytes("a: é".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"is not UTF-8 \(byte 3\); .*; save .* as UTF-8"):
+        read_params(path)
+
+
+def test_what_editors_leave_in_a_file_is_read_or_named(tmp_path: Path) -> None:
+    """A byte-order mark and CRLF are nobody's fault; tabs and doubled keys are named by line."""
+    path = tmp_path / "params.yaml"
+    path.write_bytes(b"\xef\xbb\xbfa:\r\n  b: 1\r\n")
+    assert read_params(path) == {"a": {"b": 1}}
+    with pytest.raises(ConfigError, match=r"'\\t' that cannot start any token at line 2"):
+        read_params(file(tmp_path, "a:\n\tb: 1"))
+    with pytest.raises(
+        ConfigError, match=r'duplicate key "b" .* at line 3, [^;]*; expected'
+    ) as told:
+        read_params(file(tmp_path, "a:\n  b: 1\n  b: 2\n"))
+    assert "suppress" not in str(told.value)
 
 
 def test_values_are_the_callers_own_and_follow_the_file(tmp_path: Path) -> None:

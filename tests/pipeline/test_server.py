@@ -306,6 +306,12 @@ def test_a_server_that_cannot_serve_the_target_is_refused_at_once(
     long = [Ask(Prompt("p", "d", (1,) * 60), 1.0, 1.0, 0, 6)]
     with pytest.raises(TargetError, match="has a context of 64 tokens; expected the 66 of"):
         asked(tmp_path, config(fake.url), long)
+    short = Reader(None, V, [EOS], longrope_tokens=32)
+    with (
+        pytest.raises(TargetError, match=r"context of 64 tokens; expected at most 32, .*len 32"),
+        Journal(tmp_path, lock=tmp_path / "longrope.lock") as journal,
+    ):
+        ask(ASKS, server=config(fake.url), reader=short, journal=journal)
     with pytest.raises(TargetError, match="no environment variable LKCACHE_TEST_KEY; expected"):
         asked(tmp_path, config(fake.url, api_key="LKCACHE_TEST_KEY"))
     monkeypatch.setenv("LKCACHE_TEST_KEY", "secret")

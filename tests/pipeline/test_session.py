@@ -168,7 +168,9 @@ def test_a_rollback_to_the_future_is_refused(target: Target, tokens: torch.Tenso
 
 
 def test_a_width_beyond_the_context_is_refused(target: Target) -> None:
-    with pytest.raises(TargetError, match=r"rows of 257 tokens; .* context of 256; ask for fewer"):
+    with pytest.raises(
+        TargetError, match=r"rows of 257 tokens; .* context of 256 tokens; ask for fewer"
+    ):
         Session(target, 1, 257)
 
 

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import nn
 
-from pipeline.capture import layout_of
+import tests.targets
+from pipeline.capture import law_of, layout_of
 from pipeline.config import parse
 from pipeline.embedded import train_tokenizer
 from pipeline.interface import Head, HeadRule
@@ -40,7 +42,7 @@ from pipeline.target import (
     sample_digest,
 )
 from pipeline.teacher import Pass
-from storage.errors import ConfigError, TargetError
+from storage.errors import ConfigError, DataError, TargetError
 from tests.pipeline.test_capture import config_of
 
 Build = Callable[..., Any]
@@ -587,3 +589,52 @@ def test_reading_description_and_interface_does_not_import_transformers(pinned: 
     )
     run = subprocess.run([sys.executable, "-c", code, str(pinned)], check=False)
     assert run.returncode == 0
+
+
+ROPES = {
+    "longrope": (
+        "Phi3",
+        {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4},
+        {"original_max_position_embeddings": 16, "max_position_embeddings": 64},
+    ),
+    "dynamic": (
+        "Llama",
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"max_position_embeddings": 16},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_no_law_depends_on_a_neighbour_where_the_rotary_angles_follow_the_longest(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Within the pinned context a padded batch changes nothing; beyond, transformers would."""
+    family, rope, own = ROPES[kind]
+    shape = {**tests.targets.SHAPE, **own, "rope_parameters": {"rope_theta": 1e4, **rope}}
+    model = getattr(transformers, f"{family}ForCausalLM")(
+        getattr(transformers, f"{family}Config")(**shape)
+    )
+    model.lm_head.weight.data.normal_(std=0.6)
+    model.eval().save_pretrained(tmp_path)
+    tests.targets.tokenizer().save_pretrained(tmp_path)
+    spec = pin(tmp_path, tmp_path, origin=Origin("embedded", "."))
+    assert spec.context_tokens == 16
+    assert (kind == "longrope") == ("--max-model-len" in capsys.readouterr().err)
+    assert ("longrope" in json.loads((tmp_path / "target.json").read_text())) == spec.longrope
+    target = load_target(tmp_path)
+    tokens = torch.arange(1, 11)[None]
+    alone = target.logits(target.forward(tokens).last_hidden[0])
+    for width, same in ((16, True), (24, False)):
+        batch = torch.zeros(2, width, dtype=torch.int64)
+        batch[0, :10] = tokens
+        beside = target.logits(target.forward(batch).last_hidden[0, :10])
+        assert torch.allclose(alone, beside, atol=1e-5) == same
+    why = r" \(beyond, longrope turns" if spec.longrope else ";"
+    with pytest.raises(
+        TargetError, match="rows of 17 tokens; expected .* context of 16 tokens" + why
+    ):
+        Session(target, 1, 17)
+    row = {"id": "s", "tokens": [1] * 17, "turn": [0] * 17, "law": "T=1"}
+    with pytest.raises(DataError, match="sequence 's' has 17 tokens; expected 1 to 16 tokens"):
+        law_of([row], spec, path=Path("train.parquet"))

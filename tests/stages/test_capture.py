@@ -273,6 +273,17 @@ def test_bad_inputs_cost_nothing(here: Path) -> None:
     ):
         capture.main()
     path.write_bytes(content)
+    rows = read_table(path, SEQUENCES)
+    write_table(path, SEQUENCES, [*rows, rows[2]])
+    with pytest.raises(DataError, match=r"heldout.parquet: two sequences 'heldout-2'; expected"):
+        capture.main()
+    write_table(path, SEQUENCES, [{**row, "turn": [-1] * len(row["turn"])} for row in rows])
+    with pytest.raises(DataError, match=r"no token of its 6 sequences is in an assistant's turn"):
+        capture.main()
+    path.write_bytes(content[:-100])
+    with pytest.raises(DataError, match=r"heldout.parquet cannot be read \(.*whole parquet file"):
+        capture.main()
+    path.write_bytes(content)
     assert digests(here) == before
 
 

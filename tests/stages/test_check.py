@@ -9,7 +9,7 @@ import pytest
 from pipeline.check import check_params
 from pipeline.config import read_params
 from stages import check
-from storage.errors import ConfigError, DraftError
+from storage.errors import ConfigError, DraftError, TargetError
 
 GOOD = read_params()
 
@@ -36,6 +36,9 @@ def broken(path: str, value: Any) -> dict[str, Any]:
         ("train.rate", 1.0, r"train\.rate is unknown; .*remove train\.rate"),
         ("train.lr", None, r"train\.lr is missing; .*add train\.lr"),
         ("training", {}, r"section 'training' is unknown; expected one of prepare, target"),
+        ("drafts.lm.lr_scale", -1.0, r"drafts\.lm\.lr_scale is -1\.0; expected .*greater than 0"),
+        ("drafts.lm.steps_scale", 0.0, r"drafts\.lm\.steps_scale is 0\.0; expected .*greater"),
+        ("verify.max_logp_error", float("inf"), r"verify\.max_logp_error is inf; .*finite"),
         ("train.depth_weights", "survival", r"expected depth_decay 1\.0 with depth_weights surv"),
         ("train.depth_weights", "focal", r"train\.depth_weights is 'focal'; .*'survival'"),
         ("verify", None, r"section verify is missing"),
@@ -131,3 +134,34 @@ def test_a_refusal_leaves_the_out_in_place(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ConfigError, match=r"capture\.mode is 'top'"):
         check.main()
     assert Path("checked/params.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("model", "revision", "sentence"),
+    [
+        ("org/name", None, "target.revision is null for org/name, which is no folder here"),
+        ("org/name", "main", "target.revision 'main' for org/name.*; expected a commit of 40 hex"),
+        ("tests", "0" * 40, "'0{40}' for the local folder tests; expected null"),
+        ("../nowhere", "0" * 40, "no folder ../nowhere; expected a folder of transformers"),
+    ],
+)
+def test_a_place_that_is_none_is_refused_before_dvc_gives_up_the_target(
+    model: str, revision: str | None, sentence: str
+) -> None:
+    params = copy.deepcopy(GOOD)
+    params["target"] = {
+        "kind": "pretrained",
+        "model": model,
+        "revision": revision,
+        "dtype": "float32",
+        "trust_remote_code": False,
+        "threads": 1,
+    }
+    with pytest.raises((ConfigError, TargetError), match=sentence):
+        check_params(params)
+
+
+def test_a_section_that_is_nearly_one_is_told_which() -> None:
+    params = {("generat" if name == "generate" else name): v for name, v in GOOD.items()}
+    with pytest.raises(ConfigError, match=r"section 'generat' is unknown; .*\(is it generate\?\)"):
+        check_params(params)

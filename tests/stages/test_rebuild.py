@@ -19,13 +19,20 @@ from pipeline.law import DenseLaw
 from pipeline.loss import find
 from pipeline.schedule import open_bench
 from pipeline.setting import Setting
-from pipeline.target import INTERFACE, load_target, read_head
+from pipeline.target import (
+    INTERFACE,
+    SPEC,
+    load_target,
+    read_head,
+    read_interface,
+    sample_digest,
+)
 from pipeline.train import FitConfig, Fitted, fit_from_cache, open_inputs
 from stages import capture, generate, verify
 from storage.errors import FingerprintMismatch, TargetError
 from storage.reader import Cache
 from storage.record import supervised
-from storage.workspace import read_json
+from storage.workspace import read_json, write_json
 from tests.pipeline.test_capture import WHOLE
 from tests.stages.training import FIT
 from tests.targets import copy_project, write_params, write_project
@@ -66,6 +73,13 @@ def spoil_head(folder: Path) -> None:
     tensors = load_file(path)
     tensors["lm_head"][0, 0] += 1
     save_file(tensors, path, metadata=metadata)
+
+
+def pin_spoilt(folder: Path) -> None:
+    """Take the other head for the pinned one, so that only what it computes tells them apart."""
+    spec = read_json(folder / "target" / SPEC)
+    spec["interface"] = {INTERFACE.name: sample_digest(folder / "target" / INTERFACE)}
+    write_json(folder / "target" / SPEC, spec)
 
 
 def test_the_rebuilt_law_is_the_targets_within_bfloat16(here: Path) -> None:
@@ -156,6 +170,13 @@ def test_another_head_is_refused_before_anything_is_trained(
 ) -> None:
     monkeypatch.chdir(copy_project(project, tmp_path))
     spoil_head(tmp_path)
+    pinned = r"interface\.safetensors \(embedding, LM head, final norm\) has digest [0-9a-f]{12}; "
+    for read in (read_interface, read_head):
+        with pytest.raises(TargetError, match=pinned + "expected [0-9a-f]{12}, which target.json"):
+            read(Path("target"))
+    with pytest.raises(TargetError, match=pinned):
+        fitted("rebuild")
+    pin_spoilt(tmp_path)
     said = r"made from head [0-9a-f]{64}; expected head [0-9a-f]{64}; run dvc repro"
     cache = Cache.open(Path("rebuild/train.zarr"))
     assert head_for(Cache.open(Path("full/train.zarr")), Path("target")) is None

@@ -311,6 +311,12 @@ def test_a_manifest_that_is_none_is_refused(tmp_path: Path) -> None:
     edit_manifest(path, layout={"mode": "topk"})
     with pytest.raises(CorruptPart, match=r"manifest.json cannot be read \(KeyError"):
         Cache.open(path)
+    for values in ({"format": "zarr"}, {"format": "lkcache", "version": "1"}, {"version": 0}):
+        edit_manifest(path, **values)
+        with pytest.raises(
+            CorruptPart, match=r"cannot be read \(ValueError: format '\w+', version"
+        ):
+            Cache.open(path)
 
 
 def test_an_edited_manifest_is_refused(tmp_path: Path) -> None:

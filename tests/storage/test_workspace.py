@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from storage import workspace as module
 from storage.errors import DataError, WorkspaceError
@@ -415,3 +416,21 @@ def test_a_folder_without_write_permission_is_told_before_the_work(
         work(tmp_path, "new")
     assert caught.value.filename == str(tmp_path)
     assert time.monotonic() - started < 5
+
+
+def test_a_full_disk_under_safetensors_is_told_as_one(tmp_path: Path) -> None:
+    """Its error is no OSError; the one that leaves the workspace is, and names the work."""
+    told = "Error while serializing: I/O error: No space left on device (os error 28)"
+    with (
+        pytest.raises(OSError, match=r"No space left") as raised,
+        Workspace("train", "f" * 64, outs=[DATA], root=tmp_path),
+    ):
+        raise SafetensorError(told)
+    assert raised.value.errno == errno.ENOSPC
+    assert str(disk_error(raised.value)).startswith("no space left on device while writing ")
+    assert raised.value.filename.endswith(".scratch/train/ffffffffffffffff")
+    with (
+        pytest.raises(SafetensorError, match="another"),
+        Workspace("train", "f" * 64, outs=[DATA], root=tmp_path),
+    ):
+        raise SafetensorError("another")
