@@ -37,7 +37,8 @@ from pipeline.sampling import Prompt
 from pipeline.score import Rollouts, Scores, depth_sums, rollouts, score, strata
 from pipeline.seeds import uniforms
 from pipeline.setting import Setting, SomeNames
-from pipeline.target import DeviceMap, read_interface, read_spec, resident_target
+from pipeline.sharded import resident_target
+from pipeline.target import DeviceMap, read_interface, read_spec
 from storage.reader import Cache
 from storage.record import Record
 

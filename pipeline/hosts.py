@@ -197,10 +197,10 @@ def over_ssh(
         groups = groups_of(num_devices, group) if cuda else []
         if cuda and num_devices and not groups:
             raise ConfigError(
-                found=f"{num_devices} CUDA devices on {host}, and cluster.parallel.devices is "
-                f"{group}",
-                expected="at least as many devices as a worker is to have",
-                todo="lower cluster.parallel.devices, or take another host",
+                found=f"{num_devices} CUDA devices on {host}, and a worker is to have {group}",
+                expected="at least as many, as cluster.parallel.devices or target.tensor_parallel "
+                "says",
+                todo="lower that, or take another host",
             )
         for number in range(workers or len(groups) or 1):
             options: dict[str, Any] = {

@@ -137,9 +137,9 @@ def _sample(
         scratch=scratch.absolute(),
         max_new_tokens=config.max_new_tokens,
         seed=config.seed,
-        device_map=device_map(cluster),
+        device_map=device_map(cluster, shards=spec.tensor_parallel),
     )
-    with open_cluster(cluster, threads=config.threads) as workers:
+    with open_cluster(cluster, threads=config.threads, shards=spec.tensor_parallel) as workers:
         return answer(prompts, job=job, batch_sequences=config.batch_sequences, cluster=workers)
 
 
