@@ -235,7 +235,8 @@ def _abort(device: str) -> None:
     """Free this process of NCCL's kernels that wait for a peer; gloo notices a closed socket."""
     if device.startswith("cuda") and torch.distributed.is_initialized():
         with contextlib.suppress(Exception):  # somebody else did it first
-            torch.distributed.distributed_c10d._abort_process_group()
+            # torch has no public name for it
+            torch.distributed.distributed_c10d._abort_process_group()  # noqa: SLF001
 
 
 def _start(module: str, setup: Mapping[str, Any]) -> tuple["subprocess.Popen[bytes]", int]:

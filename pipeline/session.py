@@ -1,10 +1,10 @@
 """KV-cached decoding of the target for rows of different length: feed, roll back, select.
 
-Row b of every layer's buffer (`pipeline.ragged`) holds its tokens at slots 0 … length[b]−1, whatever
-the other rows do, so that feeding is a scatter, rolling a rejected draft back a change of length,
-and dropping finished rows a gather. An explicit 4-D mask and explicit position ids say so to the model; any
-causal LM of transformers whose attention takes such a mask (eager, sdpa) works, sliding windows
-included.
+Row b of every layer's buffer (`pipeline.ragged`) holds its tokens at slots 0 … length[b]−1,
+whatever the other rows do, so that feeding is a scatter, rolling a rejected draft back a change of
+length, and dropping finished rows a gather. An explicit 4-D mask and explicit position ids say so
+to the model; any causal LM of transformers whose attention takes such a mask (eager, sdpa) works,
+sliding windows included.
 
 Knows nothing of sampling, drafts or end-of-sequence tokens.
 

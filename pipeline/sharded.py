@@ -269,9 +269,10 @@ def _follower(setup: dict[str, Any]) -> Follow:
         for number in said["dropped"]:
             caches.pop(number, None)
         masks = {k.removeprefix("mask."): x for k, x in tensors.items() if k.startswith("mask.")}
+        mask: Any = masks or tensors.get("mask")
         target.forward(
             tensors["tokens"],
-            attention_mask=masks or tensors.get("mask"),
+            attention_mask=mask,
             position_ids=tensors.get("position_ids"),
             cache=_twin(caches, said, tensors, spec.num_layers),
         )

@@ -1,0 +1,340 @@
+"""A target in shards: it says what the whole one says, and nobody waits for a failed rank."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline import cluster, sharded
+from pipeline.capture import layout_of
+from pipeline.check import check_params
+from pipeline.config import read_params
+from pipeline.group import Group
+from pipeline.pin import Origin, pin
+from pipeline.sampling import Prompt, sample
+from pipeline.session import Session
+from pipeline.sharded import ShardedTarget, load_shards, require_devices, resident_target
+from pipeline.target import PROBE, SPEC, Target, load_target, read_spec
+from pipeline.teacher import Pass
+from pipeline.tp_plan import require_plan
+from stages import capture, generate, verify
+from storage.diff import diff
+from storage.errors import ConfigError, TargetError, WorkspaceError
+from storage.reader import Cache
+from storage.record import Record
+from storage.workspace import tree_digest
+from tests.pipeline.test_capture import config_of, rows_of
+from tests.targets import copy_project, member, tokenizer, write_params, write_project
+
+SPLITS = ("train", "heldout", "greedy")
+# float32 sums in another order, over a few layers; relative to an array's largest number
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+    resident_target.cache_clear()
+    if Group._open is not None:
+        Group._open.close()
+
+
+def pinned(folder: Path, model: Any, size: int = 2) -> Path:
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    pin(folder, folder, origin=Origin("embedded", ".", tensor_parallel=size))
+    return folder
+
+
+def off(found: Any, wanted: Any) -> float:
+    found, wanted = (np.asarray(x, np.float64) for x in (found, wanted))
+    assert found.shape == wanted.shape
+    return float(np.abs(found - wanted).max() / max(np.abs(wanted).max(), 1e-9))
+
+
+def full_records(target: Target) -> list[Record]:
+    """All that a cache of whole laws holds, hidden states too."""
+    config = config_of(mode="full", hidden_layers=[0, 1, 3])
+    layout = layout_of(target.spec, config)
+    return Pass(target, layout, rule=None, batch_tokens=40, seed=0).records(rows_of())
+
+
+@pytest.mark.parametrize("family", ["llama-3.1-8b", "qwen3-8b", "qwen3-235b-a22b"])
+def test_shards_give_what_the_whole_target_gives(family: str, tmp_path: Path) -> None:
+    folder = pinned(tmp_path / "target", member(family))
+    whole, shards = load_target(folder), load_shards(folder, device="cpu")
+    layers = list(range(whole.spec.num_layers))
+    tokens = torch.arange(60).view(3, 20) * 4
+    found, wanted = (t.forward(tokens, layers=layers) for t in (shards, whole))
+    assert off(found.hidden, wanted.hidden) < TOLERANCE
+    assert off(found.last_hidden, wanted.last_hidden) < TOLERANCE
+    logits = [t.logits(wanted.last_hidden[0]) for t in (shards, whole)]
+    assert off(*logits) < TOLERANCE
+    assert shards.head_weight.to_local().shape[0] == whole.spec.vocab_size // 2
+    assert not torch.equal(found.last_hidden, wanted.last_hidden), "added in one order?"
+    # what a cache stores: bfloat16 bits may round to the neighbour
+    for one, other in zip(full_records(shards), full_records(whole), strict=True):
+        assert one.tokens.tolist() == other.tokens.tolist()
+        assert off(one.token_logp, other.token_logp) < TOLERANCE
+        for name in ("hidden", "last_hidden", "logits"):
+            bits = [(getattr(x, name).astype(np.uint32) << 16).view(np.float32)
+                    for x in (one, other)]  # fmt: skip
+            assert off(*bits) < 2**-7
+    # and with a cache of keys and values on each rank, of rows that come and go
+    sessions = [Session(t, 3, 24) for t in (shards, whole)]
+    for piece, count, keep in ((tokens[:, :9], [9, 5, 7], [2, 0]), (tokens[:2, 9:11], [2, 1], [1])):
+        steps = [s.extend(piece, torch.tensor(count)).logits for s in sessions]
+        assert off(*(x[:, 0] for x in steps)) < TOLERANCE
+        for session in sessions:
+            session.rollback(session.length - 1)
+            session.select(torch.tensor(keep))
+    prompts = [Prompt(f"p{i}", "d", tuple(range(1, 4 + i))) for i in range(4)]
+    answers = [sample(t, prompts, max_new_tokens=8, uniform_BG=None) for t in (shards, whole)]
+    assert [a.tokens for a in answers[0]] == [a.tokens for a in answers[1]]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any]) -> Path:
+    """A project whose target is in two shards, its caches captured."""
+    folder = tmp_path_factory.mktemp("sharded")
+    write_project(folder, tiny_model(vocab_size=300))
+    target = folder / "target"
+    pin(target, target, origin=Origin("embedded", ".", tensor_parallel=2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        generate.main()
+        capture.main()
+        verify.main()
+    return folder
+
+
+@pytest.fixture
+def here(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The project before its capture."""
+    monkeypatch.chdir(copy_project(project, tmp_path))
+    for split in SPLITS:
+        subprocess.run(["rm", "-rf", f"cache/{split}.zarr"], check=True)
+    Path("metrics/capture.json").unlink()
+    Path("timings/capture.json").unlink()
+    resident_target.cache_clear()
+    return tmp_path
+
+
+def caches(folder: Path) -> dict[str, str]:
+    return {split: tree_digest(folder / f"cache/{split}.zarr") for split in SPLITS}
+
+
+def fails(patch: pytest.MonkeyPatch, how: str) -> None:
+    patch.setattr(sharded, "FOLLOWER", "tests.failing_rank")
+    patch.setenv("FAIL", how)
+
+
+def test_a_rank_killed_within_a_part_is_named_and_the_next_run_gives_the_same_bytes(
+    project: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails(monkeypatch, "die:5")
+    with pytest.raises(WorkspaceError, match=r"rank 1 of the 2 that share the target ended early "
+                       r"\(SIGKILL\); expected .*finished units are kept"):  # fmt: skip
+        capture.main()
+    assert (here / "failed").exists()
+    assert list((here / ".scratch").rglob("part-*"))[:1] or list((here / ".scratch").rglob("c"))
+    capture.main()
+    assert caches(here) == caches(project)
+    assert json.loads(Path("metrics/capture.json").read_text()) == json.loads(
+        (project / "metrics/capture.json").read_text()
+    )
+
+
+def test_a_defect_of_a_rank_is_told_in_its_own_words(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails(monkeypatch, "raise:2")
+    with pytest.raises(WorkspaceError, match=r"failed \(ValueError: a defect of the test\)"):
+        capture.main()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_memory_that_one_rank_lacks_halves_the_batch_of_all(
+    project: Path, here: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    if rank:
+        fails(monkeypatch, "memory:3")
+    else:
+        forward, passes = Target.forward, iter(range(10**6))
+
+        def lacks(self: Target, *args: Any, **kwargs: Any) -> Any:
+            if next(passes) == 2:
+                layers: Any = self.body.layers
+
+                def fail(*_: Any) -> None:
+                    raise torch.OutOfMemoryError
+
+                layers[-1].register_forward_pre_hook(fail)
+            return forward(self, *args, **kwargs)
+
+        monkeypatch.setattr(Target, "forward", lacks)
+    started = time.monotonic()
+    capture.main()
+    assert time.monotonic() - started < 300, "a rank waited for another until a timeout"
+    metrics = json.loads(Path("metrics/capture.json").read_text())
+    assert sum(metrics[split]["memory_halvings"] for split in SPLITS) == 1
+    found = diff(Cache.open(Path("cache/train.zarr")), Cache.open(project / "cache/train.zarr"))
+    assert found.values.compared == 14
+    assert all(gap.largest < 2e-2 for gap in found.values.gaps.values())
+
+
+def test_two_workers_of_two_shards_write_the_same_bytes(project: Path, here: Path) -> None:
+    write_params(here, cluster={"workers": 2})
+    capture.main()
+    assert caches(here) == caches(project)
+
+
+def test_the_number_of_shards_is_part_of_a_caches_identity(
+    project: Path, tmp_path: Path, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_project(tmp_path, tiny_model(vocab_size=300))
+    (tmp_path / "sequences").symlink_to(project / "sequences")
+    capture.main()
+    whole, shards = (Cache.open(f / "cache/train.zarr") for f in (tmp_path, project))
+    assert "tensor_parallel" not in whole.source
+    assert "tensor_parallel" not in (tmp_path / "target" / SPEC).read_text()
+    found = diff(whole, shards)
+    different = {row.what: (row.a, row.b) for row in found.identity if not row.equal}
+    assert different.pop("source tensor_parallel") == ("absent", "2")
+    assert set(different) == {"source target", "source capture"}
+    assert found.values.gaps["token_logp"].largest < 1e-4
+
+
+def test_shards_that_do_not_give_the_whole_targets_numbers_are_refused(
+    project: Path, tmp_path: Path
+) -> None:
+    folder = copy_project(project, tmp_path) / "target"
+    probe = load_file(folder / PROBE)
+    save_file({**probe, "last_hidden": probe["last_hidden"].flip(-1)}, folder / PROBE)
+    with pytest.raises(TargetError, match=r"the last hidden state of the target's 2 shards is .* "
+                       r"away from the whole target's; expected at most 0\.001"):  # fmt: skip
+        load_shards(folder, device="cpu")
+    (folder / PROBE).unlink()
+    with pytest.raises(TargetError, match=r"no file .*probe\.safetensors; .*--force target"):
+        load_shards(folder, device="cpu")
+
+
+LEADER = """
+import sys, time
+from pathlib import Path
+from pipeline.sharded import load_shards
+target = load_shards(Path(sys.argv[1]), device="cpu")
+print(target._group._children[0].pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_followers_end_with_their_leader(project: Path) -> None:
+    leader = subprocess.Popen(
+        [sys.executable, "-c", LEADER, str(project / "target")], stdout=subprocess.PIPE
+    )
+    assert leader.stdout is not None
+    follower = int(leader.stdout.readline())
+    os.kill(follower, 0)
+    leader.send_signal(signal.SIGKILL)
+    leader.wait()
+    until = time.monotonic() + 30
+    while _runs(follower):
+        assert time.monotonic() < until, "the follower outlived its leader"
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "size", "sentence"),
+    [
+        ("gpt-oss-20b", {}, 2, r"GptOssForCausalLM, of whose layers this transformers has no tens"),
+        ("llama-3.3-70b", {}, 2, r"num_key_value_heads 1; expected a multiple of .*, 2; set "),
+        ("qwen3-8b", {"intermediate_size": 63}, 2, r"layers\.0\.mlp\.gate_proj\.weight with 63 r"),
+        ("qwen3-8b", {"quantization_config": {"quant_method": "fp8"}}, 2, r"quantised by fp8; exp"),
+        ("qwen3-235b-a22b", {"num_key_value_heads": 4, "moe_intermediate_size": 18}, 4,
+         r"experts\.gate_up_proj with 18 rows; expected a multiple of .*, 4"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_cut_is_refused_without_weights(
+    family: str, changes: dict[str, Any], size: int, sentence: str, tmp_path: Path
+) -> None:
+    member(family).config.save_pretrained(tmp_path)
+    config(tmp_path, **changes)
+    with pytest.raises(TargetError, match=rf"target\.tensor_parallel {size} for .*{sentence}"):
+        require_plan(tmp_path, size)
+
+
+def test_more_shards_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    require_devices("cuda", 2)
+    with pytest.raises(ConfigError, match=r"tensor_parallel is 4, and a worker here has 2 CUDA"):
+        require_devices("cuda", 4)
+    with pytest.raises(ConfigError, match=r"is 2 on a CPU, where torch sees 2 CUDA devices"):
+        require_devices("cpu", 2)
+
+
+def test_a_worker_gets_a_device_for_each_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    where = cluster.ClusterConfig(workers=None, device="cuda", address=None, parallel=None)
+    assert cluster._visible(where, 2) == ["0,1", "2,3"]
+    assert cluster.num_workers(where, threads=1, shards=2) == 2
+    with pytest.raises(ConfigError, match=r"5 CUDA devices here, and target\.tensor_parallel is 8"):
+        cluster._visible(where, 8)
+
+
+def test_shards_and_layers_are_one_or_the_other() -> None:
+    params = dict(read_params())
+    params["target"] = {
+        "kind": "pretrained",
+        "model": ".",
+        "revision": None,
+        "dtype": "float32",
+        "trust_remote_code": False,
+        "threads": 1,
+        "tensor_parallel": 2,
+    }
+    check_params(params)
+    spread = {"kind": "device_map", "devices": 2, "map": "auto"}
+    params["cluster"] = {**params["cluster"], "parallel": spread}
+    with pytest.raises(ConfigError, match=r"tensor_parallel is 2, and cluster\.parallel is of kin"):
+        check_params(params)
+
+
+def test_a_target_of_one_process_is_what_it_always_was(project: Path) -> None:
+    spec = read_spec(project / "target")
+    assert spec.tensor_parallel == 2
+    assert spec.as_dict()["tensor_parallel"] == 2
+    one = spec.model_copy(update={"tensor_parallel": 1})
+    assert set(spec.as_dict()) - set(one.as_dict()) == {"tensor_parallel"}
+    assert isinstance(load_target(project / "target"), Target)
+    assert not isinstance(load_target(project / "target"), ShardedTarget)
