@@ -23,7 +23,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -39,8 +40,10 @@ Follow = Callable[[str, dict[str, Any], dict[str, Tensor]], None]
 """A follower's part of a call: its name, what the leader said of it, and the leader's tensors."""
 
 ANSWER_S = 600.0
-"""For a follower to answer a call once the leader's part is done, and of one collective."""
+"""For all ranks to have done their part of a call."""
+COLLECTIVE_S = 600.0  # of one exchange on gloo
 START_S = 1800.0  # for followers to import, join and load: a large target from a cold disk
+TICK_S = 1.0  # between looks at the clock
 GRACE_S = 5.0  # a broken collective is noticed before the follower that broke it is reaped
 OK, MEMORY = "ok", "memory"
 _SETUP, _STATUS = "LKCACHE_GROUP_SETUP", "LKCACHE_GROUP_STATUS_FD"
@@ -63,6 +66,11 @@ class Group:
         self._changed = threading.Condition()
         self._failure: tuple[int, str] | None = None
         self._answers, self._asked, self._closed = [0] * (size - 1), 0, False
+        self._until: float | None = None
+        """When the running call is late, on the clock of `time.monotonic`."""
+        if device.startswith("cuda"):
+            # a lost peer is `_watch`'s to tell: NCCL's own watchdog would end this process
+            os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
         untyped: Any = torch.distributed
         store = untyped.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
         told = {"port": store.port, "size": size, "device": device, "own": dict(setup)}
@@ -76,8 +84,10 @@ class Group:
                 watcher = threading.Thread(target=self._watch, args=(index, status), daemon=True)
                 watcher.start()
                 self._watchers.append(watcher)
-            self._await(START_S)  # all have found the store: joining would wait for a dead one
-            _join(0, size, device, store)
+            threading.Thread(target=self._keep_time, daemon=True).start()
+            with self._timed(START_S):
+                self._await()  # all have found the store: joining would wait for a dead one
+                _join(0, size, device, store)
         except BaseException:
             self.close()
             raise
@@ -131,8 +141,9 @@ class Group:
 
     def _guarded(self, part: Callable[[], R], answer_s: float) -> R:
         try:
-            value = part()
-            self._await(answer_s)
+            with self._timed(answer_s):
+                value = part()
+                self._await()
         except LkcacheError:
             self.close()
             raise
@@ -151,7 +162,7 @@ class Group:
             raise
         return value
 
-    def _await(self, limit_s: float) -> None:
+    def _await(self) -> None:
         """Until every follower has answered once more; raises what one of them failed of."""
         self._asked += 1
 
@@ -159,13 +170,28 @@ class Group:
             return self._failure is not None or min(self._answers) >= self._asked
 
         with self._changed:
-            if not self._changed.wait_for(settled, limit_s):
-                late = next(i for i, n in enumerate(self._answers, 1) if n < self._asked)
-                self._failure = (late, f"did not answer for {limit_s:.0f} s")
+            self._changed.wait_for(settled)
             failure = self._failure
         if failure is not None:
             self.close()
             self._raise(*failure)
+
+    @contextlib.contextmanager
+    def _timed(self, limit_s: float) -> Iterator[None]:
+        """Fail the group where what is within takes longer, wherever this thread then waits."""
+        self._until = time.monotonic() + limit_s
+        try:
+            yield
+        finally:
+            self._until = None
+
+    def _keep_time(self) -> None:
+        while not self._closed:
+            time.sleep(TICK_S)
+            until = self._until
+            if until is not None and time.monotonic() > until:
+                late = [i for i, n in enumerate(self._answers, 1) if n < self._asked]
+                self._fail(late[0] if late else 1, "did not answer in time")
 
     def _raise(self, index: int, what: str, cause: BaseException | None = None) -> NoReturn:
         if what == MEMORY:
@@ -196,6 +222,9 @@ class Group:
             code = child.returncode
             named = signal.Signals(-code).name if code is not None and code < 0 else code
             what = f"ended early ({named})"
+        self._fail(index, what)
+
+    def _fail(self, index: int, what: str) -> None:
         with self._changed:
             if self._closed or self._failure is not None:
                 return
@@ -273,7 +302,7 @@ def _join(index: int, size: int, device: str, store: Any) -> None:
         rank=index,
         world_size=size,
         store=store,
-        timeout=timedelta(seconds=ANSWER_S),
+        timeout=timedelta(seconds=COLLECTIVE_S),
     )
 
 
