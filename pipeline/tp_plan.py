@@ -18,7 +18,8 @@ from storage.errors import TargetError
 HEADS = ("num_attention_heads", "num_key_value_heads")
 # the dimension of a parameter, counted from the last, that a style cuts
 _CUT = {"colwise": -2, "packed_colwise": -2, "rowwise": -1, "packed_rowwise": -1}
-_CUT |= {"colwise_gather_output": -2, "colwise_rep": -2, "rowwise_rep": -1, "grouped_gemm": 0}
+_CUT |= {"colwise_gather_output": -2, "colwise_rep": -2, "embedding_rowwise": -2}
+_CUT |= {"rowwise_rep": -1, "rowwise_split_input": -1}
 
 
 def require_plan(home: Path, size: int, *, trust_remote_code: bool = False) -> None:

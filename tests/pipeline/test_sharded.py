@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ruamel.yaml import YAML
 
 from pipeline import cluster, sharded
 from pipeline.capture import layout_of
@@ -19,10 +20,11 @@ from pipeline.pin import Origin, pin
 from pipeline.sampling import Prompt, sample
 from pipeline.session import Session
 from pipeline.sharded import ShardedTarget, load_shards, require_devices, resident_target
-from pipeline.target import SPEC, Target, load_target, read_probe, read_spec
+from pipeline.speculate import Rules, decode
+from pipeline.target import PROBE, SPEC, Target, load_target, read_probe, read_spec
 from pipeline.teacher import Pass
 from pipeline.tp_plan import require_plan
-from stages import capture, generate, verify
+from stages import capture, generate, target, verify
 from storage.diff import diff
 from storage.errors import ConfigError, TargetError, WorkspaceError
 from storage.reader import Cache
@@ -34,6 +36,14 @@ from tests.targets import copy_project, member, tokenizer, write_params, write_p
 SPLITS = ("train", "heldout", "greedy")
 # float32 sums in another order, over a few layers; relative to an array's largest number
 TOLERANCE = 1e-5
+PRETRAINED: dict[str, Any] = {
+    "kind": "pretrained",
+    "model": ".",
+    "revision": None,
+    "dtype": "float32",
+    "trust_remote_code": False,
+    "threads": 1,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +114,11 @@ def test_shards_give_what_the_whole_target_gives(family: str, tmp_path: Path) ->
     prompts = [Prompt(f"p{i}", "d", tuple(range(1, 4 + i))) for i in range(4)]
     answers = [sample(t, prompts, max_new_tokens=8, uniform_BG=None) for t in (shards, whole)]
     assert [a.tokens for a in answers[0]] == [a.tokens for a in answers[1]]
+    rules = Rules(gamma=0, temperature=1.0, max_new_tokens=8, eos_ids=(0,))
+    drawn = torch.rand(4, rules.num_uniforms, dtype=torch.float64, generator=torch.manual_seed(0))
+    asked = [torch.tensor(p.tokens) for p in prompts]
+    decoded = [decode(t, None, asked, rules, uniforms_BU=drawn)[0] for t in (shards, whole)]
+    assert [row.tokens for row in decoded[0]] == [row.tokens for row in decoded[1]]
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +126,8 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., 
     """A project whose target is in two shards, its caches captured."""
     folder = tmp_path_factory.mktemp("sharded")
     write_project(folder, tiny_model(vocab_size=300))
-    target = folder / "target"
-    pin(target, target, origin=Origin("embedded", ".", tensor_parallel=2))
+    home = folder / "target"
+    pin(home, home, origin=Origin("embedded", ".", tensor_parallel=2))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         generate.main()
@@ -241,20 +256,36 @@ def test_a_worker_gets_a_device_for_each_shard(monkeypatch: pytest.MonkeyPatch) 
 
 def test_shards_and_layers_are_one_or_the_other() -> None:
     params = dict(read_params())
-    params["target"] = {
-        "kind": "pretrained",
-        "model": ".",
-        "revision": None,
-        "dtype": "float32",
-        "trust_remote_code": False,
-        "threads": 1,
-        "tensor_parallel": 2,
-    }
+    params["target"] = {**PRETRAINED, "tensor_parallel": 2}
     check_params(params)
     spread = {"kind": "device_map", "devices": 2, "map": "auto"}
     params["cluster"] = {**params["cluster"], "parallel": spread}
     with pytest.raises(ConfigError, match=r"tensor_parallel is 2, and cluster\.parallel is of kin"):
         check_params(params)
+
+
+def test_the_target_stage_pins_the_number_of_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = member("qwen3-8b")
+    model.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    found = []
+    for size in ({}, {"tensor_parallel": 1}, {"tensor_parallel": 2}):
+        here = tmp_path / f"project-{len(found)}"
+        here.mkdir()
+        monkeypatch.chdir(here)
+        write_params(here)
+        yaml = YAML(typ="safe", pure=True)
+        params = yaml.load(Path("params.yaml").read_text(encoding="utf-8"))
+        params["target"] = {**PRETRAINED, "model": str(tmp_path / "model"), **size}
+        with Path("params.yaml").open("w", encoding="utf-8") as file:
+            yaml.dump(params, file)
+        target.main()
+        found.append(tree_digest(Path("target")))
+        assert (Path("target") / PROBE).is_file() == (size == {"tensor_parallel": 2})
+    assert found[0] == found[1] != found[2]
+    assert read_spec(Path("target")).tensor_parallel == 2
 
 
 def test_a_target_of_one_process_is_what_it_always_was(project: Path) -> None:
