@@ -311,7 +311,7 @@ def num_workers(config: ClusterConfig, *, threads: int, shards: int = 1) -> int:
     return max(1, min(2, (os.cpu_count() or 1) // (threads * shards)))
 
 
-def _visible(config: ClusterConfig, shards: int) -> list[str]:
+def _visible(config: ClusterConfig, shards: int = 1) -> list[str]:
     """The CUDA devices of each worker, as CUDA_VISIBLE_DEVICES names them; one, or a group."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     own = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
