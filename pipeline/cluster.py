@@ -365,6 +365,7 @@ def _elsewhere(config: ClusterConfig, threads: int, shards: int) -> Iterator[Any
                 threads=threads,
                 device=where,
                 group=_size(config, shards),
+                group_name=_size_name(config),
             )
             client = stack.enter_context(ssh)
         elif isinstance(config.address, SlurmConfig):
