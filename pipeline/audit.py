@@ -35,7 +35,8 @@ from pipeline.dataset import collate, supervised_counts
 from pipeline.law import DenseLaw, Law
 from pipeline.provenance import Progress
 from pipeline.seeds import rng
-from pipeline.target import DeviceMap, Target, resident_target
+from pipeline.sharded import resident_target
+from pipeline.target import DeviceMap, Target
 from storage.codecs import (
     BFLOAT_STEP,
     HALF_STEP,
@@ -234,6 +235,7 @@ def _replay_one(target: Target, job: Job, sample: Sample) -> Found:
         unigram_V=job.unigrams[sample.split],
         law=cache.source.get("law", ""),
     )
+    target.settle()
     _refuse_errors(found.errors, job.config, where)
     _refuse_intervals(found, where)
     largest = {kind: float(error_T.max()) for kind, error_T in found.errors.items()}

@@ -23,7 +23,8 @@ from pipeline.cluster import Cluster, Later
 from pipeline.config import Strict
 from pipeline.interface import Head
 from pipeline.provenance import Progress
-from pipeline.target import DeviceMap, TargetSpec, check_layers, read_head, resident_target
+from pipeline.sharded import resident_target
+from pipeline.target import DeviceMap, TargetSpec, check_layers, read_head
 from pipeline.teacher import Pass, Stats
 from pipeline.topk import Rule
 from storage.errors import DataError

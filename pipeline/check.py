@@ -11,7 +11,7 @@ from typing import Any
 from pipeline import draft, loss
 from pipeline.audit import VerifyConfig
 from pipeline.capture import CaptureConfig
-from pipeline.cluster import ClusterConfig
+from pipeline.cluster import ClusterConfig, require_one_way
 from pipeline.config import PARAMS, near, parse
 from pipeline.embedded import EmbeddedConfig
 from pipeline.evaluate import EvaluateConfig
@@ -131,6 +131,7 @@ def _check_target(sections: Mapping[str, Any]) -> None:
     target, generate, capture = (sections[name] for name in ("target", "generate", "capture"))
     if not isinstance(target, EmbeddedConfig):
         _check_revision(target)
+        require_one_way(sections["cluster"], shards=target.tensor_parallel)
         return
     longest = generate.max_prompt_tokens + generate.max_new_tokens
     if longest > target.context_tokens:

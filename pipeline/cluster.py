@@ -51,7 +51,8 @@ class DeviceMapConfig(Strict):
     """`cluster.parallel` of kind device_map: a worker's target lies on several CUDA devices.
 
     Layers are split, not matrices: each is computed whole, as on one device of the same kind, so
-    that no result depends on it. Tensor parallelism would add in another order and change bits.
+    that no result depends on it. Tensor parallelism adds in another order and changes bits: it is
+    the target's own parameter.
     """
 
     kind: Literal["device_map"]
@@ -215,23 +216,24 @@ def _result(future: Any, *, index: int, count: int) -> Any:
 
 @contextmanager
 def open_cluster(
-    config: ClusterConfig, *, threads: int, units: int | None = None
+    config: ClusterConfig, *, threads: int, units: int | None = None, shards: int = 1
 ) -> Iterator[Cluster]:
     """Start (or reach) the workers; each computes with `threads` torch threads.
 
-    On this machine no more are started than there are `units`: they cost seconds each.
+    On this machine no more are started than there are `units`: they cost seconds each. A worker
+    whose target is in `shards` gets a device for each.
     """
     with ExitStack() as stack:
         client: Any = None
         visible: list[str] = []
         if config.address is not None:
-            client = stack.enter_context(_elsewhere(config, threads))
+            client = stack.enter_context(_elsewhere(config, threads, shards))
         else:
-            workers = num_workers(config, threads=threads)
+            workers = num_workers(config, threads=threads, shards=shards)
             workers = workers if units is None else min(workers, units)
-            groups = _visible(config) if device(config) == "cuda" else []
+            groups = _visible(config, shards) if device(config) == "cuda" else []
             # a worker that is to leave devices free must not see them
-            if workers > 1 or (config.parallel is not None and len(groups) > 1):
+            if workers > 1 or (_size(config, shards) > 1 and len(groups) > 1):
                 client = stack.enter_context(_local(workers, threads))
                 visible = groups
             else:
@@ -258,8 +260,9 @@ def device(config: ClusterConfig) -> str:
     return config.device
 
 
-def device_map(config: ClusterConfig) -> DeviceMap | None:
+def device_map(config: ClusterConfig, *, shards: int = 1) -> DeviceMap | None:
     """How a worker's target is spread; `ConfigError` where it cannot be, before a model loads."""
+    require_one_way(config, shards=shards)
     if config.parallel is None:
         return None
     if find_spec("accelerate") is None:
@@ -278,26 +281,46 @@ def device_map(config: ClusterConfig) -> DeviceMap | None:
     return places if isinstance(places, str) else tuple(places.items())
 
 
-def num_workers(config: ClusterConfig, *, threads: int) -> int:
+def require_one_way(config: ClusterConfig, *, shards: int) -> None:
+    """`ConfigError` where a target is to be cut by matrices and spread by layers."""
+    if config.parallel is not None and shards > 1:
+        raise ConfigError(
+            found=f"target.tensor_parallel is {shards}, and cluster.parallel is of kind "
+            f"{config.parallel.kind}",
+            expected="one way to share a target among the devices of a worker",
+            todo="set cluster.parallel to null, or target.tensor_parallel to 1",
+        )
+
+
+def _size(config: ClusterConfig, shards: int) -> int:
+    """CUDA devices of each worker."""
+    return config.parallel.devices if config.parallel else shards
+
+
+def _size_name(config: ClusterConfig) -> str:
+    return "cluster.parallel.devices" if config.parallel else "target.tensor_parallel"
+
+
+def num_workers(config: ClusterConfig, *, threads: int, shards: int = 1) -> int:
     """Workers on this machine: as many as the parameter says, else one a device, or a group."""
     if config.workers is not None:
         return config.workers
     if device(config) == "cuda":
-        return len(_visible(config))
+        return len(_visible(config, shards))
     # each holds a target of its own: on a CPU, memory bounds them before cores do
-    return max(1, min(2, (os.cpu_count() or 1) // threads))
+    return max(1, min(2, (os.cpu_count() or 1) // (threads * shards)))
 
 
-def _visible(config: ClusterConfig) -> list[str]:
+def _visible(config: ClusterConfig, shards: int = 1) -> list[str]:
     """The CUDA devices of each worker, as CUDA_VISIBLE_DEVICES names them; one, or a group."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     own = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
-    size = config.parallel.devices if config.parallel else 1
+    size = _size(config, shards)
     if len(own) < size:
         raise ConfigError(
-            found=f"{len(own)} CUDA devices here, and cluster.parallel.devices is {size}",
+            found=f"{len(own)} CUDA devices here, and {_size_name(config)} is {size}",
             expected="at least as many devices as a worker is to have",
-            todo="lower cluster.parallel.devices, or run where there are more",
+            todo=f"lower {_size_name(config)}, or run where there are more",
         )
     return [",".join(own[a : a + size]) for a in range(0, len(own) - size + 1, size)]
 
@@ -326,7 +349,7 @@ def _local(workers: int, threads: int) -> Iterator[Any]:
 
 
 @contextmanager
-def _elsewhere(config: ClusterConfig, threads: int) -> Iterator[Any]:
+def _elsewhere(config: ClusterConfig, threads: int, shards: int) -> Iterator[Any]:
     """A client of workers that are not this process's own, checked before they get a unit."""
     import dask
     import distributed  # noqa: F401  its own settings first, or they would go with these
@@ -341,7 +364,8 @@ def _elsewhere(config: ClusterConfig, threads: int) -> Iterator[Any]:
                 workers=config.workers,
                 threads=threads,
                 device=where,
-                group=config.parallel.devices if config.parallel else 1,
+                group=_size(config, shards),
+                group_name=_size_name(config),
             )
             client = stack.enter_context(ssh)
         elif isinstance(config.address, SlurmConfig):

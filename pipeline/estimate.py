@@ -249,6 +249,11 @@ def estimate(params: Mapping[str, Any], *, tflops: float, root: Path = Path()) -
     if shape.whole_parameters is not None:
         weights = 2 * shape.whole_parameters
         lines.append(Line("the target's weights in bfloat16, beside it", weights, "B", "assumed"))
+    shards = params["target"].get("tensor_parallel", 1)
+    if shards > 1:
+        own = 2 * (shape.whole_parameters or shape.num_parameters) / shards
+        what = f"the target's weights in bfloat16 on each of {shards} devices, if all were cut"
+        lines.append(Line(what, own, "B", "assumed"))
     seconds = 2 * shape.num_parameters * tokens / (tflops * 1e12)
     lines.append(Line(f"forward pass at {tflops:g} TFLOP/s", seconds / 3600, "h", label))
     cache = root / "cache"

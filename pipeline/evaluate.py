@@ -39,8 +39,9 @@ from pipeline.sampling import Prompt, Response
 from pipeline.score import Rollouts, Scores, depth_sums, rollouts, score, strata
 from pipeline.seeds import uniforms
 from pipeline.setting import Setting, SomeNames
+from pipeline.sharded import resident_target
 from pipeline.speculate import Decoded, Rules, decode
-from pipeline.target import DeviceMap, Target, read_interface, read_spec, resident_target
+from pipeline.target import DeviceMap, Target, read_interface, read_spec
 from pipeline.turns import Talk, converse
 from storage.reader import Cache
 from storage.record import Record

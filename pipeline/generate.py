@@ -33,7 +33,8 @@ from pipeline.seeds import rng, uniforms
 from pipeline.serve import serving_of
 from pipeline.server import Ask, Journal, Reader, ServerConfig, Tally, ask
 from pipeline.setting import Names, Setting
-from pipeline.target import DeviceMap, resident_target
+from pipeline.sharded import resident_target
+from pipeline.target import DeviceMap
 from storage.errors import DataError
 from storage.sequences import Row, Sequences
 from storage.workspace import digest, read_json, write_json

@@ -174,11 +174,17 @@ def _environment(threads: int) -> dict[str, str]:
 
 @contextmanager
 def over_ssh(
-    ssh: SshConfig, *, workers: int | None, threads: int, device: str, group: int = 1
+    ssh: SshConfig,
+    *,
+    workers: int | None,
+    threads: int,
+    device: str,
+    group: int = 1,
+    group_name: str = "",
 ) -> Iterator[Any]:
     """Start a scheduler on the first host and workers on all, over SSH.
 
-    On CUDA a worker has one device of its host, or a `group` of them.
+    On CUDA a worker has one device of its host, or a `group` of them, named by its parameter.
     """
     import distributed
     from distributed.deploy.ssh import Scheduler, Worker
@@ -197,10 +203,9 @@ def over_ssh(
         groups = groups_of(num_devices, group) if cuda else []
         if cuda and num_devices and not groups:
             raise ConfigError(
-                found=f"{num_devices} CUDA devices on {host}, and cluster.parallel.devices is "
-                f"{group}",
+                found=f"{num_devices} CUDA devices on {host}, and {group_name} is {group}",
                 expected="at least as many devices as a worker is to have",
-                todo="lower cluster.parallel.devices, or take another host",
+                todo=f"lower {group_name}, or take another host",
             )
         for number in range(workers or len(groups) or 1):
             options: dict[str, Any] = {

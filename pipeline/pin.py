@@ -24,6 +24,7 @@ from pipeline.target import (
     INTERFACE,
     MODEL_FILES,
     MTP,
+    PROBE,
     SPEC,
     TOKENIZER_FILES,
     DType,
@@ -38,6 +39,7 @@ from pipeline.target import (
     sample_digest,
     snapshot,
 )
+from pipeline.tp_plan import require_plan
 from storage.errors import TargetError
 from storage.workspace import digest, file_digest, read_json, write_json
 
@@ -80,6 +82,9 @@ class PretrainedConfig(Strict):
     dtype: DType
     trust_remote_code: bool
     threads: Annotated[int, Field(ge=1)]
+    tensor_parallel: Annotated[int, Field(ge=1)] = 1
+    """Processes of one host, a device each, that hold a shard of every matrix. They order the
+    additions, so that another number is another target (docs/cluster.md)."""
     shape: ShapeConfig | None = None
     """What `lkcache estimate` goes by until the model is here, which is then held against it."""
 
@@ -97,6 +102,7 @@ class Origin:
     dtype: DType = "float32"
     sharpen: float = 1.0
     trust_remote_code: bool = False
+    tensor_parallel: int = 1
 
 
 def find_pretrained(config: PretrainedConfig) -> Path:
@@ -216,11 +222,16 @@ def _check_vocabulary(home: Path, *, trust_remote_code: bool) -> None:
 def pin(home: Path, out: Path, *, origin: Origin) -> TargetSpec:
     """Check and load the model in `home`, and write `target.json` and the interface into `out`."""
     check_folder(home, trust_remote_code=origin.trust_remote_code)
+    if origin.tensor_parallel > 1:
+        require_plan(home, origin.tensor_parallel, trust_remote_code=origin.trust_remote_code)
     model = load_model(home, dtype=origin.dtype, trust_remote_code=origin.trust_remote_code)
     tokenizer = load_tokenizer(home, trust_remote_code=origin.trust_remote_code)
     spec = describe(model, tokenizer, home, origin=origin)
-    probe(Target(model=model, tokenizer=tokenizer, spec=spec))
+    target = Target(model=model, tokenizer=tokenizer, spec=spec)
+    probe(target)
     write_interface(out, model)
+    if spec.tensor_parallel > 1:
+        write_probe(out, target)
     write_mtp(out, home, model.config.get_text_config())
     files = (out / name for name in (INTERFACE, MTP) if (out / name).is_file())
     spec = spec.model_copy(update={"interface": {path.name: sample_digest(path) for path in files}})
@@ -231,8 +242,7 @@ def pin(home: Path, out: Path, *, origin: Origin) -> TargetSpec:
             "it takes those angles for every sequence",
             file=sys.stderr,
         )
-    # most targets have none of it, and their description stays as it always was
-    write_json(out / SPEC, spec.model_dump(exclude=None if spec.longrope else {"longrope"}))
+    write_json(out / SPEC, spec.as_dict())
     return spec
 
 
@@ -258,6 +268,8 @@ def describe(model: Any, tokenizer: Any, home: Path, *, origin: Origin) -> Targe
     }
     context_tokens, switch = text.max_position_embeddings, longrope_tokens(text)
     longrope = switch is not None and switch < context_tokens
+    if origin.tensor_parallel > 1:  # shards add in another order: other bits of every law
+        content["tensor_parallel"] = origin.tensor_parallel
     return TargetSpec(
         longrope=longrope,
         kind=origin.kind,
@@ -312,8 +324,7 @@ def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
 def probe(target: Target) -> None:
     """`TargetError` unless our forward and head give the model's own logits and streams."""
     spec = target.spec
-    count = min(PROBE_TOKENS, spec.vocab_size, spec.context_tokens)
-    tokens = torch.arange(count)[None] * (spec.vocab_size // count)
+    tokens = probe_tokens(spec)
     layers = range(spec.num_layers)
     own = target.model(tokens, output_hidden_states=True, use_cache=False)
     ours = target.forward(tokens, layers=layers)
@@ -331,6 +342,25 @@ def probe(target: Target) -> None:
                 expected="a head with logit_scale, logits_scaling or a soft cap at most",
                 todo="choose another target, or add this family's rule to pipeline/target.py",
             )
+
+
+def probe_tokens(spec: TargetSpec) -> Tensor:
+    """[1, T] ids spread over the vocabulary."""
+    count = min(PROBE_TOKENS, spec.vocab_size, spec.context_tokens)
+    return torch.arange(count)[None] * (spec.vocab_size // count)
+
+
+@torch.no_grad()
+def write_probe(out: Path, target: Target) -> None:
+    """What the whole target makes of a few tokens, for its shards to be held against."""
+    from safetensors.torch import save_file
+
+    tokens = probe_tokens(target.spec)
+    last_hidden = target.forward(tokens).last_hidden[0]
+    logits = target.logits(last_hidden)
+    found = {"tokens": tokens[0], "last_hidden": last_hidden, "logits": logits}
+    (out / PROBE).parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: x.clone().contiguous() for name, x in found.items()}, out / PROBE)
 
 
 def _near(here: Tensor, there: Tensor, tolerance: float) -> bool:

@@ -90,7 +90,9 @@ def sample(
             session.select(keep)
             row_B, token_B, live_B = row_B[keep], token_B[keep], live_B[keep]
         logits_BV = session.extend(token_B[:, None], live_B.long()).logits[:, 0]
-    return [_response(row, target.spec.eos_ids) for row in out_BG.tolist()]
+    rows = out_BG.tolist()
+    target.settle()
+    return [_response(row, target.spec.eos_ids) for row in rows]
 
 
 def choose(

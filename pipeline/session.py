@@ -1,10 +1,10 @@
 """KV-cached decoding of the target for rows of different length: feed, roll back, select.
 
-Row b of every layer's buffer holds its tokens at slots 0 … length[b]−1, whatever the other rows do,
-so that feeding is a scatter, rolling a rejected draft back a change of length, and dropping
-finished rows a gather. An explicit 4-D mask and explicit position ids say so to the model; any
-causal LM of transformers whose attention takes such a mask (eager, sdpa) works, sliding windows
-included.
+Row b of every layer's buffer (`pipeline.ragged`) holds its tokens at slots 0 … length[b]−1,
+whatever the other rows do, so that feeding is a scatter, rolling a rejected draft back a change of
+length, and dropping finished rows a gather. An explicit 4-D mask and explicit position ids say so
+to the model; any causal LM of transformers whose attention takes such a mask (eager, sdpa) works,
+sliding windows included.
 
 Knows nothing of sampling, drafts or end-of-sequence tokens.
 
@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pipeline.ragged import Cursor, RaggedLayer, as_cache
 from pipeline.target import Target
 from storage.errors import TargetError
 
@@ -35,82 +36,6 @@ class Step:
     """[B, Q, L, D] in the model's dtype: hidden_states of the session's `layers`."""
     last_hidden: Tensor | None
     """[B, Q, D] in the model's dtype, after the final norm."""
-
-
-@dataclass
-class Cursor:
-    """Where the running feed writes, shared by all layers."""
-
-    row: Tensor
-    """[B, Q] int64: b, by row."""
-    slot: Tensor
-    """[B, Q] int64."""
-    visible: int
-    """N: slots that any query of this feed may see; later ones are not read."""
-
-
-class RaggedLayer:
-    """Keys and values of one layer, [B, H, W + 1, d] each; slot W takes what padding writes.
-
-    A `CacheLayerMixin` of transformers by registration (`_as_cache`), not by inheritance, so that
-    reading a stage's parameters does not import transformers.
-    """
-
-    is_sliding = False
-    is_compileable = False
-    supports_early_init = False
-    keys: Tensor
-    values: Tensor
-
-    def __init__(self, cursor: Cursor, *, width: int) -> None:
-        self.cursor = cursor
-        self.num_slots = width + 1
-        self.is_initialized = False
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate zeros: a masked slot still enters 0 · value, so it must be finite."""
-        shape = (key_states.shape[0], key_states.shape[1], self.num_slots)
-        self.keys = key_states.new_zeros(*shape, key_states.shape[3])
-        self.values = value_states.new_zeros(*shape, value_states.shape[3])
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Write [B, H, Q, d] at the cursor; return the slots that may be seen, [B, H, N, d]."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        at = self.cursor
-        row, slot = (x.to(self.keys.device) for x in (at.row, at.slot))  # the layer's own device
-        self.keys[row, :, slot] = key_states.transpose(1, 2)
-        self.values[row, :, slot] = value_states.transpose(1, 2)
-        return self.keys[:, :, : at.visible], self.values[:, :, : at.visible]
-
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows."""
-        if self.is_initialized:
-            rows = rows.to(self.keys.device)
-            self.keys, self.values = self.keys[rows], self.values[rows]
-
-    def get_seq_length(self) -> int:
-        """Slots in use: asked by models that would otherwise guess positions."""
-        return self.cursor.visible
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys seen and their offset: asked where a model builds a mask of its own."""
-        return self.cursor.visible, 0
-
-    def get_max_length(self) -> int:
-        """Slots of a row."""
-        return self.num_slots
-
-
-def _as_cache(layers: list[RaggedLayer]) -> Any:
-    """The layers as the cache that models of transformers update."""
-    from transformers.cache_utils import Cache, CacheLayerMixin
-
-    CacheLayerMixin.register(RaggedLayer)
-    return Cache(layers=layers)
 
 
 class Session:
@@ -143,7 +68,7 @@ class Session:
         none = torch.zeros(0, 0, dtype=torch.int64, device=self._device)
         self._cursor = Cursor(none, none, 0)
         self._kv = [RaggedLayer(self._cursor, width=width) for _ in range(config.num_hidden_layers)]
-        self._cache = _as_cache(self._kv)
+        self._cache = as_cache(self._kv)
         self.length = torch.zeros(num_rows, dtype=torch.int64, device=self._device)
 
     @torch.no_grad()
@@ -205,6 +130,7 @@ class Session:
         self.length = self.length[rows]
         for layer in self._kv:
             layer.select(rows)
+        self._cursor.selected.append(rows)
 
     def _mask(self, position_BQ: Tensor) -> Any:
         """[B, 1, Q, N] additive: i sees j <= i (within the window); a dict where kinds mix."""

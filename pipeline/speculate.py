@@ -213,6 +213,7 @@ def decode(
         while len(rows.index_B):
             rows.round()
         rows.timing.rounds_s = _now(target.device) - started
+    target.settle()
     return rows.decoded, rows.timing
 
 

@@ -1,6 +1,7 @@
 """The target: what `target/target.json` pins, how it is loaded, and its two halves as functions.
 
-`pipeline.pin` writes the folder, everyone else reads it here. A folder is either the embedded
+`pipeline.pin` writes the folder, everyone else reads it here; `pipeline.sharded` chooses between a
+whole target and shards of one. A folder is either the embedded
 target itself (kind `embedded`) or a description of a model that lies elsewhere (kind `pretrained`:
 a local folder, or a hub id with a revision); `load_target` finds the files and refuses those that
 are not the pinned ones.
@@ -18,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ from storage.workspace import digest, file_digest, read_json
 SPEC = "target.json"
 INTERFACE = Path("interface") / "interface.safetensors"
 MTP = Path("interface") / "mtp.safetensors"
+PROBE = Path("interface") / "probe.safetensors"
 # what changes a tokenizer's ids or the text that it makes of a conversation
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -91,6 +93,8 @@ class TargetSpec(Strict):
     model_sha256: str = ""
     """Digest of config.json and generation_config.json."""
     trust_remote_code: bool = False
+    tensor_parallel: int = 1
+    """N: processes that each hold a shard of every matrix; they order the additions."""
     weights: tuple[WeightsFile, ...] = Field(default=(), strict=False)
     interface: dict[str, str] = Field(default_factory=dict)
     """`sample_digest` of each file of `target/interface`, compared whenever one is opened."""
@@ -102,6 +106,11 @@ class TargetSpec(Strict):
         """`context_tokens` in words, with what ends it where that is no end of the model's own."""
         why = " (beyond, longrope turns all of a batch by other angles)" if self.longrope else ""
         return f"{self.context_tokens} tokens{why}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """As `target.json` has it; what most targets lack is left out, as it always was."""
+        own = {"tensor_parallel": self.tensor_parallel > 1, "longrope": self.longrope}
+        return self.model_dump(exclude={name for name, there in own.items() if not there})
 
 
 @dataclass(frozen=True)
@@ -171,6 +180,9 @@ class Target:
         stack = [streams[k].to(where) for k in layers]
         hidden = torch.stack(stack, dim=2) if layers else None
         return Features(hidden=hidden, last_hidden=out.last_hidden_state)
+
+    def settle(self) -> None:
+        """Whether what was computed so far may be kept: a whole target has nothing to say."""
 
     @torch.no_grad()
     def logits(self, last_hidden_ND: Tensor) -> Tensor:
@@ -301,6 +313,24 @@ def read_head(folder: Path) -> Head:
     return Head(weight, HeadRule(divisor=rule.get("divisor"), **lists))
 
 
+def read_probe(folder: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [T], and what the whole target made of them: last hidden [T, D], logits [T, V]."""
+    from safetensors import safe_open
+
+    path = folder / PROBE
+    if not path.is_file():
+        raise TargetError(
+            found=f"no file {path}",
+            expected="numbers of the whole target, which its shards are held against",
+            todo="run dvc repro --force target",
+        )
+    with safe_open(path, framework="pt") as stored:
+        tokens, last_hidden, logits = (
+            stored.get_tensor(name) for name in ("tokens", "last_hidden", "logits")
+        )
+    return tokens, last_hidden, logits
+
+
 def _stored_interface(folder: Path) -> Any:
     from safetensors import safe_open
 
@@ -403,16 +433,6 @@ def _require_every_module(model: Any, places: Sequence[str]) -> None:
         )
 
 
-@lru_cache(maxsize=1)
-def resident_target(
-    folder: Path, *, device: str, fingerprint: str, device_map: DeviceMap | None = None
-) -> Target:
-    """This process's target, loaded by the first unit of work and kept for the others."""
-    target = load_target(folder, device=device, device_map=device_map)
-    assert target.spec.fingerprint == fingerprint, "the target changed during the run"
-    return target
-
-
 def quiet() -> None:
     """No progress bars of transformers where nobody watches: a worker's log, CI, a file."""
     if not sys.stderr.isatty():
@@ -427,6 +447,7 @@ def load_model(
     dtype: DType,
     trust_remote_code: bool = False,
     device_map: DeviceMap | None = None,
+    **of_transformers: Any,
 ) -> Any:
     """A causal LM from local safetensors files: evaluation mode, no gradients, never a pickle."""
     from transformers import AutoModelForCausalLM
@@ -439,6 +460,7 @@ def load_model(
         use_safetensors=True,
         local_files_only=True,
         device_map=dict(device_map) if isinstance(device_map, tuple) else device_map,
+        **of_transformers,
     )
     return model.eval().requires_grad_(False)
 

@@ -311,6 +311,7 @@ class Pass:
         """The records of a batch whose numbers have arrived."""
         for event in flight.arrived:
             event.synchronize()
+        self._target.settle()
         chunks = [{name: x.numpy() for name, x in chunk.items()} for chunk in flight.law]
         joined = {name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]}
         _require_finite(joined["entropy"], flight)

@@ -41,7 +41,7 @@ def trial(root: Path, *, num_tokens: int) -> list[Line]:
         device(cluster),
         config,
         layout_of(spec, config),
-        device_map(cluster),
+        device_map(cluster, shards=spec.tensor_parallel),
     )
     scratch = scratch_root(root)
     scratch.mkdir(parents=True, exist_ok=True)

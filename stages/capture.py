@@ -62,13 +62,14 @@ def main() -> None:
             )
             for split, survey in surveys.items()
         }
-        where, places = device(cluster), device_map(cluster)
+        where, places = device(cluster), device_map(cluster, shards=spec.tensor_parallel)
+        cut = spec.tensor_parallel > 1
         job = Job(TARGET.absolute(), spec.fingerprint, where, config, layout, places)
         num_tokens = sum(survey.num_tokens for survey in surveys.values())
         least = least_bytes(layout, surveys.values())
         workspace.require_room("the cache", left=least, total=least)
         started = time.perf_counter()
-        with open_cluster(cluster, threads=config.threads) as workers:
+        with open_cluster(cluster, threads=config.threads, shards=spec.tensor_parallel) as workers:
             done = capture_all(
                 parts, job, workers, num_tokens=num_tokens, require_room=workspace.require_room
             )
@@ -80,6 +81,7 @@ def main() -> None:
                 job=job,
                 source={
                     "target": spec.fingerprint,
+                    **({"tensor_parallel": str(spec.tensor_parallel)} if cut else {}),
                     "sequences": digests[split],
                     "split": split,
                     "law": laws[split],

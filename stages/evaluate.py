@@ -13,6 +13,7 @@ from pipeline.matrix import Arm, Start, cell
 from pipeline.provenance import Progress, run
 from pipeline.schedule import laws_with_rollouts, open_bench, plan
 from pipeline.summary import identical, merge_strata, speeds, summarise, unasked
+from pipeline.target import read_spec
 from storage.tables import DEPTHS, ROUNDS, STRATA, write_table
 from storage.workspace import Workspace, digest, write_json
 
@@ -31,6 +32,7 @@ def main() -> None:
     arms = {name: arm for name, arm in every.items() if arm.start == key}
     models = {n: Path(f"drafts/{key}/{arm.objective}/model").resolve() for n, arm in arms.items()}
     drafts, decoding = list(models.values()), start.seed in config.decode_seeds
+    shards = read_spec(TARGET).tensor_parallel if decoding else 1
     rolled = {law: SERVED / f"{law}.zarr" for law in laws_with_rollouts(config, SEQUENCES)}
     bench = open_bench(
         TARGET,
@@ -38,7 +40,7 @@ def main() -> None:
         drafts,
         config=config,
         device=device(where),
-        device_map=device_map(where),
+        device_map=device_map(where, shards=shards),
     )
     jobs = plan(bench, drafts, decode=decoding)
     if not decoding:  # a replay alone is over before workers have started
@@ -48,7 +50,7 @@ def main() -> None:
     outs = [tables, metrics_file, times]
     with Workspace("evaluate", digest(bench.sources), outs=outs, cell=key) as workspace:
         with (
-            open_cluster(where, threads=config.threads) as cluster,
+            open_cluster(where, threads=config.threads, shards=shards) as cluster,
             Progress(len(jobs), key, unit="batch") as line,
         ):
             done = []

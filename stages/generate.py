@@ -246,9 +246,9 @@ def _sampling(
         scratch=scratch.absolute(),
         max_new_tokens=config.max_new_tokens,
         seed=config.seed,
-        device_map=device_map(cluster),
+        device_map=device_map(cluster, shards=spec.tensor_parallel),
     )
-    with open_cluster(cluster, threads=config.threads) as workers:
+    with open_cluster(cluster, threads=config.threads, shards=spec.tensor_parallel) as workers:
 
         def reply(turn: int, prompts: Mapping[str, Sequence[Prompt]]) -> dict[str, list[Response]]:
             size = config.batch_sequences

@@ -47,6 +47,7 @@ def main() -> None:
                 revision=config.revision,
                 dtype=config.dtype,
                 trust_remote_code=config.trust_remote_code,
+                tensor_parallel=config.tensor_parallel,
             )
         spec = pin(home or out, out, origin=origin)
         shape = spec.model_dump(include={"vocab_size", "hidden_size", "num_layers", "sharpen"})

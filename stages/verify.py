@@ -42,9 +42,11 @@ def main() -> None:
             config=config,
             unigrams=unigrams(paths),
             identity=fingerprint,
-            device_map=device_map(cluster),
+            device_map=device_map(cluster, shards=spec.tensor_parallel),
         )
-        with open_cluster(cluster, threads=config.threads, units=len(units)) as opened:
+        with open_cluster(
+            cluster, threads=config.threads, units=len(units), shards=spec.tensor_parallel
+        ) as opened:
             found = replay_all(units, job, opened)
         splits = {
             split: {

@@ -54,6 +54,19 @@ def test_a_target_that_is_not_here_is_refused(tmp_path: Path) -> None:
         estimate(params, tflops=1.0, root=tmp_path)
 
 
+def test_a_target_in_shards_takes_a_share_of_each_device(tmp_path: Path) -> None:
+    shape = {"vocab_size": 100, "hidden_size": 8, "num_layers": 4, "intermediate_size": 16}
+    shape |= {"num_parameters": 8e9, "active_parameters": 1e9}
+    params = copy.deepcopy(PARAMS)
+    params["target"] = {"kind": "pretrained", "model": "org/name", "shape": shape}
+    whole = estimate(params, tflops=1.0, root=tmp_path)
+    params["target"]["tensor_parallel"] = 4
+    shards = estimate(params, tflops=1.0, root=tmp_path)
+    what = "the target's weights in bfloat16 on each of 4 devices, if all were cut"
+    assert find(shards, what).value == 4e9
+    assert [line for line in shards if line.what != what] == whole
+
+
 def sizes_of(tmp_path: Path, **capture: object) -> dict[str, float]:
     params = copy.deepcopy(PARAMS)
     params["capture"] |= capture
