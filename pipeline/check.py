@@ -159,8 +159,8 @@ def _known_shape(target: PretrainedConfig) -> tuple[int | None, int | None]:
 
 def _check_layers(capture: CaptureConfig, num_layers: int | None) -> None:
     """Before prompts are answered for hours: `capture` would refuse them only then."""
-    for layer in capture.hidden_layers if num_layers is not None else ():
-        if layer >= num_layers:
+    for layer in capture.hidden_layers:
+        if num_layers is not None and layer >= num_layers:
             raise ConfigError(
                 found=f"{PARAMS}: capture.hidden_layers names layer {layer}",
                 expected=f"indices from 0 to {num_layers - 1}; the stream after the last "
@@ -170,9 +170,9 @@ def _check_layers(capture: CaptureConfig, num_layers: int | None) -> None:
 
 
 def _check_vocabularies(drafts: Mapping[str, Any], vocab_size: int | None) -> None:
-    for name, config in drafts.items() if vocab_size is not None else ():
+    for name, config in drafts.items():
         size = getattr(config, "draft_vocab_size", None)
-        if size is not None and size > vocab_size:
+        if size is not None and vocab_size is not None and size > vocab_size:
             raise ConfigError(
                 found=f"{PARAMS}: drafts.{name}.draft_vocab_size is {size}",
                 expected=f"at most the target's {vocab_size}, or null for all of it",
