@@ -23,7 +23,24 @@ SMALL: dict[str, dict[str, Any]] = {
     "prepare": {"train_prompts": 80, "heldout_prompts": 8},
     "generate": {"max_prompt_tokens": 96, "max_new_tokens": 32},
     "verify": {"sequences": 4},
-    "warmup": {"steps": 80, "lr": 5e-3, "lr_warmup_steps": 5, "heldout_sequences": 4, "threads": 1},
+    "drafts": {
+        "lm": {
+            "kind": "lm",
+            "hidden_size": 32,
+            "num_layers": 1,
+            "num_heads": 1,
+            "intermediate_size": 96,
+            "lr_scale": 1.0,
+            "steps_scale": 1.0,
+        }
+    },
+    "warmup": {
+        "steps": 120,
+        "lr": 5e-3,
+        "lr_warmup_steps": 5,
+        "heldout_sequences": 4,
+        "threads": 1,
+    },
     "train": {"steps": 10, "lr_warmup_steps": 2, "heldout_sequences": 4, "threads": 1},
     "evaluate": {"decode_prompts": 4, "decode_new_tokens": 16},
     "report": {"resamples": 200},
@@ -41,7 +58,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("own") / "mine"
     lkcache("init", str(folder), cwd=folder.parent)
     shutil.copy(SCRIPT, folder)
-    small = "--conversations 120 --steps 40 --width 64 --layers 4"
+    small = "--conversations 120 --steps 110 --width 64 --layers 4"
     run(sys.executable, "own_target.py", ".", *small.split(), cwd=folder)
     prompts = ("--prompts", "chats.jsonl")
     lkcache("use", "first-try", "--target", "models/my-target", *prompts, cwd=folder)
