@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from typer import Argument
+from typer import Argument, Option
 
 from lkcache.presets import dump, write_cells, yaml
 from pipeline.config import PARAMS, read_params
@@ -12,10 +12,14 @@ from storage.errors import ConfigError
 
 def matrix(
     rows: Annotated[list[str], Argument(help="DRAFT:SEEDS:OBJECTIVES, such as lm:0,1,2:kl,tv.")],
+    export: Annotated[
+        list[str] | None,
+        Option(help="ARM:FORMAT, such as lm-lk_lambda-0:transformers; may be given again."),
+    ] = None,
 ) -> None:
     """Write `starts` and `arms` from rows like `lm:0,1,2:kl,tv,lk_lambda`; exports are kept.
 
-    An export of an arm that is no longer in the matrix is dropped, and said so.
+    An export of an arm that is no longer in the matrix is dropped, and said so. --export adds one.
     """
     lists = dict(_row(row) for row in rows)
     for section in ("drafts", "losses", "exports"):
@@ -29,13 +33,29 @@ def matrix(
     old: dict[str, list[str]] = {}
     for key, cell in params["exports"].items():
         old.setdefault(Export(**cell).arm(key), []).append(cell["format"])
-    write_cells(params, lists, {})
+    for arm, form in map(_export, export or []):
+        if form not in old.setdefault(arm, []):
+            old[arm].append(form)
+    asked = {arm: old[arm] for arm, _ in map(_export, export or [])}
+    write_cells(params, lists, asked)  # refuses an arm that was asked for and is not there
     kept = {arm: forms for arm, forms in old.items() if arm in params["arms"]}
     write_cells(params, lists, kept)
     dump(params, PARAMS)
-    print(f"{PARAMS}: {len(params['starts'])} starts, {len(params['arms'])} arms")
+    counts = ", ".join(f"{len(params[name])} {name}" for name in ("starts", "arms", "exports"))
+    print(f"{PARAMS}: {counts}")
     for arm in old.keys() - kept.keys():
         print(f"export of {arm} was dropped: no such arm any more")
+
+
+def _export(text: str) -> tuple[str, str]:
+    arm, colon, form = text.partition(":")
+    if not (arm and colon and form):
+        raise ConfigError(
+            found=f"--export {text!r}",
+            expected="ARM:FORMAT, such as lm-lk_lambda-0:transformers",
+            todo="write every export so",
+        )
+    return arm, form
 
 
 def _row(text: str) -> tuple[str, dict[str, list[int] | list[str]]]:

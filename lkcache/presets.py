@@ -17,6 +17,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from storage.errors import ConfigError
 
 BASE = "embedded"
+NAMED = ("drafts", "losses", "starts", "arms", "exports")
 
 
 def names(folder: Path) -> list[str]:
@@ -49,6 +50,8 @@ def compose(folder: Path, preset: str) -> CommentedMap:
             del params[section][name]
     if matrix is not None:
         write_cells(params, matrix, exports or {})
+    if params["target"]["kind"] != "embedded":
+        blank_line(params, "generate")  # the mapping that was replaced took it along
     params.yaml_set_start_comment(
         f"Preset {preset!r} laid over the embedded default (`lkcache use {preset}`).\n"
         "Every section is read strictly; presets/embedded.yaml explains each parameter."
@@ -93,18 +96,35 @@ def write_cells(
             params.yaml_set_comment_before_after_key(block, before="")
 
 
+def blank_line(params: CommentedMap, section: str) -> None:
+    """An empty line before a section that has none."""
+    params.yaml_set_comment_before_after_key(section, before="\n")
+
+
 def dump(params: CommentedMap, path: Path) -> None:
     """Write a parameter file, comments kept."""
     yaml().dump(params, path)
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two parameter files, a line each: `train.steps: 300 -> 20`."""
+    """What differs between two parameter files, a line each: `train.steps: 300 -> 20`.
+
+    Entries of a block of cells, of `drafts` or of `losses` that come or go are named in one line,
+    and so are the keys that another `kind` does without.
+    """
     lines = []
     for key in [*old, *(k for k in new if k not in old)]:
         name = f"{prefix}{key}"
         a, b = old.get(key), new.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
+            if name in NAMED or a.get("kind") != b.get("kind"):
+                gone, come = [k for k in a if k not in b], [k for k in b if k not in a]
+                come = come if name in NAMED else []  # of another kind the values tell more
+                for word, keys in (("without", gone), ("with", come)):
+                    if keys:
+                        lines.append(f"{name}: {word} {', '.join(keys)}")
+                a = {k: value for k, value in a.items() if k not in gone}
+                b = {k: value for k, value in b.items() if k not in come}
             lines += changes(a, b, f"{name}.")
         elif a != b:
             show = {True: "absent"}

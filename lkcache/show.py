@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 from typer import Argument, Option
 
+from pipeline.config import PARAMS, read_params
 from storage.errors import ConfigError, DataError
 from storage.sequences import Sequences
 from storage.tables import CONVERSATIONS, PROMPTS, read_table
@@ -165,6 +166,12 @@ def _pinned() -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
+def _named() -> Path | None:
+    """The folder that params.yaml names as target, before the target stage has run."""
+    section = read_params()["target"] if PARAMS.is_file() else {}
+    return Path(section["model"]) if section.get("kind") == "pretrained" else None
+
+
 def _tokenizer_file(given: Path | None) -> Path:
     """The given one, or that of the pinned target: beside it, in its folder, in the hub's cache."""
     if given is not None:
@@ -173,6 +180,8 @@ def _tokenizer_file(given: Path | None) -> Path:
         pinned = _pinned()
         model, revision = pinned.get("model", "."), pinned.get("revision")
         places = [TARGET / TOKENIZER, Path(model) / TOKENIZER]
+        if not pinned and (named := _named()) is not None:
+            places.append(named / TOKENIZER)
         if revision is not None:
             from huggingface_hub import try_to_load_from_cache
 

@@ -4,16 +4,37 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument
+from ruamel.yaml.comments import CommentedMap
+from typer import Argument, Option
 
+from lkcache.fit import fit
 from lkcache.presets import changes, compose, dump
 from pipeline.config import PARAMS, read_params
 
 
-def use(preset: Annotated[str, Argument(help="A file of presets/, without .yaml.")]) -> None:
-    """Write params.yaml from presets/PRESET.yaml; prints every parameter that changed."""
+def use(
+    preset: Annotated[str, Argument(help="A file of presets/, without .yaml.")],
+    target: Annotated[
+        Path | None,
+        Option(help="A model's folder, in place of the preset's target; the drafts are fitted."),
+    ] = None,
+    prompts: Annotated[
+        Path | None, Option(help="A file of prompts or conversations, in place of the preset's.")
+    ] = None,
+) -> None:
+    """Write params.yaml from presets/PRESET.yaml; prints every parameter that changed.
+
+    With --target the captured layers, the drafts' heads and widths and their vocabularies become
+    those that the folder's config.json asks for. Paths are as seen from the project's root.
+    """
     old = read_params() if PARAMS.exists() else {}
     params = compose(Path("presets"), preset)
+    if target is not None:
+        fit(params, target)
+    if prompts is not None:
+        source = CommentedMap(kind="jsonl", train=str(prompts), heldout=None)
+        source.fa.set_flow_style()
+        params["prepare"]["source"] = source
     dump(params, PARAMS)
     lines = changes(old, read_params())
     print(f"{PARAMS} is now the preset {preset!r}: {len(lines)} parameters changed")

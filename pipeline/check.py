@@ -1,7 +1,7 @@
 """Every section of `params.yaml`, and what the sections need of each other, before anything runs.
 
-Knows no file but the parameters: no model, no cache. What a pretrained target or the user's data
-holds, the stage that opens it checks.
+Knows no file but the parameters and, where the target is a folder, its config.json: no weights, no
+cache. What a pretrained target or the user's data holds, the stage that opens it checks.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from pipeline.export import ExportConfig, find_format
 from pipeline.findings import ReportConfig
 from pipeline.generate import GenerateConfig
 from pipeline.matrix import Arm, Export, Start, check_matrix
-from pipeline.pin import PretrainedConfig, TargetConfig, check_place
+from pipeline.pin import PretrainedConfig, TargetConfig, check_place, find_pretrained
 from pipeline.prompts import SETS, PrepareConfig
 from pipeline.setting import Setting
 from pipeline.sources import StdlibSource, check_source, require_file
@@ -27,6 +27,7 @@ from pipeline.target_law import cuts, require_tail
 from pipeline.train import FitConfig, WarmupConfig
 from pipeline.warm import check_start
 from storage.errors import ConfigError
+from storage.workspace import read_json
 
 SECTIONS: dict[str, Any] = {
     "prepare": PrepareConfig,
@@ -71,7 +72,9 @@ def check_params(params: Mapping[str, Any]) -> None:
         require_tail(name, sections[name].target_law, sampled=sampled)
     for cell in exports.values():
         find_format(cell.kind, cell.format).require(found["drafts"][cell.draft])
-    _check_target(sections)
+    _check_target(
+        sections, {start.draft: found["drafts"][start.draft] for start in starts.values()}
+    )
     _check_report(sections, params)
     _check_laws(sections)
     check_source(sections["prepare"].source)
@@ -126,12 +129,15 @@ def _check_needs(name: str, config: Any, capture: CaptureConfig) -> None:
         )
 
 
-def _check_target(sections: Mapping[str, Any]) -> None:
+def _check_target(sections: Mapping[str, Any], drafts: Mapping[str, Any]) -> None:
     """What the embedded target's shape allows; a pretrained one is checked where it is opened."""
     target, generate, capture = (sections[name] for name in ("target", "generate", "capture"))
     if not isinstance(target, EmbeddedConfig):
         _check_revision(target)
         require_one_way(sections["cluster"], shards=target.tensor_parallel)
+        num_layers, vocab_size = _known_shape(target)
+        _check_layers(capture, num_layers)
+        _check_vocabularies(drafts, vocab_size)
         return
     longest = generate.max_prompt_tokens + generate.max_new_tokens
     if longest > target.context_tokens:
@@ -140,13 +146,40 @@ def _check_target(sections: Mapping[str, Any]) -> None:
             expected=f"at most target.context_tokens, {target.context_tokens}",
             todo="lower generate.max_prompt_tokens or max_new_tokens, or raise the context",
         )
+    _check_layers(capture, target.num_layers)
+
+
+def _known_shape(target: PretrainedConfig) -> tuple[int | None, int | None]:
+    """Layers and vocabulary: of the folder's config.json, else of `target.shape`, else unknown."""
+    if Path(target.model).is_dir():
+        path = find_pretrained(target) / "config.json"  # holds target.shape against it
+        stated = read_json(path) if path.is_file() else {}
+        stated = stated.get("text_config", stated)
+        return stated.get("num_hidden_layers"), stated.get("vocab_size")
+    shape = target.shape
+    return (None, None) if shape is None else (shape.num_layers, shape.vocab_size)
+
+
+def _check_layers(capture: CaptureConfig, num_layers: int | None) -> None:
+    """Before prompts are answered for hours: `capture` would refuse them only then."""
     for layer in capture.hidden_layers:
-        if layer >= target.num_layers:
+        if num_layers is not None and layer >= num_layers:
             raise ConfigError(
                 found=f"{PARAMS}: capture.hidden_layers names layer {layer}",
-                expected=f"indices from 0 to {target.num_layers - 1}; the stream after the last "
+                expected=f"indices from 0 to {num_layers - 1}; the stream after the last "
                 "layer is normed and is capture.last_hidden",
                 todo="correct capture.hidden_layers",
+            )
+
+
+def _check_vocabularies(drafts: Mapping[str, Any], vocab_size: int | None) -> None:
+    for name, config in drafts.items():
+        size = getattr(config, "draft_vocab_size", None)
+        if size is not None and vocab_size is not None and size > vocab_size:
+            raise ConfigError(
+                found=f"{PARAMS}: drafts.{name}.draft_vocab_size is {size}",
+                expected=f"at most the target's {vocab_size}, or null for all of it",
+                todo=f"correct drafts.{name}.draft_vocab_size",
             )
 
 

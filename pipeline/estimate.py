@@ -36,6 +36,10 @@ HIDDEN_RATIO = 0.81
 # an 8-bit code does not shrink; a scale of two bytes serves 128 of them
 INT8_BYTES = 1.016
 
+# kinds of drafts that read hidden layers, and the last hidden state; the others need neither
+LAYERS_READ_BY = {"eagle3"}
+LAST_READ_BY = {"medusa", "mlp", "mtp"}
+
 
 @dataclass(frozen=True)
 class Line:
@@ -207,10 +211,15 @@ def reductions(params: Mapping[str, Any], *, root: Path = Path()) -> list[Line]:
     if capture["hidden_layers"] and capture["hidden_dtype"] == "bfloat16":
         saved = len(capture["hidden_layers"]) * (width - shape.hidden_size * INT8_BYTES)
         found.append(("capture.hidden_dtype: int8, of the layers", saved))
-    if capture["hidden_layers"]:
+    kinds = {start["kind"] for start in params.get("starts", {}).values()}
+    if capture["hidden_layers"] and kinds and not kinds & LAYERS_READ_BY:
+        saved = len(capture["hidden_layers"]) * width
+        found.append(("capture.hidden_layers: [], since no draft of starts reads them", saved))
+    elif capture["hidden_layers"]:
         found.append(("each layer less in capture.hidden_layers", width))
     if capture["last_hidden"] and capture["mode"] != "rebuild":
-        found.append(("capture.last_hidden: false", width))
+        unread = "" if kinds & LAST_READ_BY or not kinds else ", since no draft of starts reads it"
+        found.append((f"capture.last_hidden: false{unread}", width))
     if capture["mode"] == "topk":
         half = sizes["kept ids and probabilities"] / 2
         found.append(("a larger capture.min_prob that keeps half as many ids", half))

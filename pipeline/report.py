@@ -245,7 +245,8 @@ def _counts(rows: Sequence[Comparison], baseline: str) -> str:
         here = [direction(c) for c in rows if c.temperature == temperature]
         text = f"{here.count('longer')} of {len(here)}"
         if not parts:
-            text += f" comparison{'s' if len(here) > 1 else ''} come out longer than {baseline}"
+            come = "comparisons come" if len(here) > 1 else "comparison comes"
+            text += f" {come} out longer than {baseline}"
         text += f" at {law(temperature)}"
         rest = [
             f"{here.count(kind)} {word}"
@@ -257,10 +258,10 @@ def _counts(rows: Sequence[Comparison], baseline: str) -> str:
 
 
 def _summary(results: Results, found: Findings) -> str:
-    seeds = len({arm.seed for arm in results.arms})
+    seeds, drafts = len({arm.seed for arm in results.arms}), len(results.drafts)
     laws = " and ".join(law(t) for t in results.temperatures())
     return (
-        f"{len(results.arms)} arms: {len(results.drafts)} drafts, "
+        f"{len(results.arms)} arms: {drafts} draft{'s' if drafts > 1 else ''}, "
         f"{len(results.objectives())} objectives, up to {seeds} "
         f"seed{'s' if seeds > 1 else ''}. {found.prompts:,} held-out prompts in "
         f"{len(found.domains)} domain{'s' if len(found.domains) > 1 else ''}, {laws}."

@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline.config import load
 from pipeline.prompts import PrepareConfig, prepare
 from pipeline.provenance import run
+from pipeline.sources import HELDOUT, TRAIN
 from storage.tables import CONVERSATIONS, DOCUMENTS, PROMPTS, write_table
 from storage.workspace import Workspace, digest, write_json
 
@@ -48,6 +49,14 @@ def main() -> None:
     if dropped:
         told = ", ".join(f"{count} with {why}" for why, count in dropped.items())
         print(f"prepare: left out {sum(dropped.values())} rows: {told}.", file=sys.stderr)
+    for split, asked in ((TRAIN, config.train_prompts), (HELDOUT, config.heldout_prompts)):
+        count = sum(prompt.split == split for prompt in prepared.prompts)
+        if count < asked:
+            print(
+                f"prepare: {split} has {count} prompts, fewer than the {asked} of "
+                f"prepare.{split}_prompts: the source holds no more.",
+                file=sys.stderr,
+            )
 
 
 if __name__ == "__main__":

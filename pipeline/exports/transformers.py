@@ -28,6 +28,7 @@ from pipeline.export import (
 )
 from pipeline.interface import Interface, Shape
 from pipeline.keys import Flag, KeyTable, read_flags, read_tensors, rename, unname
+from pipeline.target import quiet
 from storage.workspace import read_json, write_json
 
 KINDS = ("lm",)
@@ -159,6 +160,7 @@ def check_theirs(folder: Path, draft: Draft, source: Source, config: ExportConfi
     """Open the folder with transformers; `DraftError` for a tensor or a logit that is not ours."""
     from transformers import AutoModelForCausalLM
 
+    quiet()
     expected = f"the draft's own tensors and logits within {MAX_LOGIT_ERROR:g}"
     opened, report = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, output_loading_info=True

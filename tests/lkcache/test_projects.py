@@ -1,8 +1,11 @@
 """`init`, `use`, `matrix`, `estimate`: parameter files and projects, without torch."""
 
+import json
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +15,7 @@ from lkcache.presets import changes, compose, dump, write_cells, yaml
 from lkcache.use import use
 from pipeline.check import check_params
 from pipeline.config import read_params
-from storage.errors import ConfigError, WorkspaceError
+from storage.errors import ConfigError, TargetError, WorkspaceError
 
 
 @pytest.fixture
@@ -118,9 +121,125 @@ def test_use_says_what_a_preset_leaves_to_its_user(
     said = capsys.readouterr().out
     assert "set target.revision to the commit of Qwen/Qwen3-0.6B, 40 hex digits" in said
     assert "put your prompts into prompts.jsonl, which prepare.source names" in said
-    assert sorted(read_params()["drafts"]) == ["eagle3", "medusa"]
+    assert sorted(read_params()["drafts"]) == ["eagle3", "lm", "medusa"]
     use("smoke")
     assert "before `dvc repro`" not in capsys.readouterr().out
+
+
+LLAMA: dict[str, Any] = {
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0},
+    "dtype": "bfloat16",
+}
+
+
+def model(config: dict[str, Any]) -> Path:
+    folder = Path("models/own")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    Path("chats.jsonl").touch()
+    return folder
+
+
+@pytest.mark.parametrize("preset", ["first-try", "one-gpu-8b", "embedded"])
+@pytest.mark.parametrize("nested", [False, True], ids=["flat", "text_config"])
+def test_a_preset_is_fitted_to_a_folder(project: Path, preset: str, nested: bool) -> None:
+    use(preset, model({"text_config": LLAMA} if nested else LLAMA), Path("chats.jsonl"))
+    params = read_params()
+    check_params(params)
+    assert params["capture"]["hidden_layers"] == [2, 8, 13]
+    assert params["target"]["dtype"] == "bfloat16"
+    assert "shape" not in params["target"]
+    assert params["prepare"]["source"]["train"] == "chats.jsonl"
+    eagle3 = params["drafts"]["eagle3"]
+    assert (eagle3["num_heads"], eagle3["intermediate_size"]) == (32, 8192)
+    if preset != "embedded":  # which gives its own draft no more than that
+        assert [eagle3[k] for k in ("num_kv_heads", "head_size")] == [8, 64]
+        assert [eagle3[k] for k in ("rope_theta", "norm_eps")] == [500000.0, 1e-5]
+    if preset == "first-try":  # a quarter of the target's width, as in the preset
+        lm = params["drafts"]["lm"]
+        assert [lm[k] for k in ("hidden_size", "num_heads", "intermediate_size")] == [512, 8, 1536]
+        assert eagle3["draft_vocab_size"] == 16000
+    text = Path("params.yaml").read_text(encoding="utf-8")
+    assert "\n\ngenerate:" in text
+    assert "\n\n\ngenerate:" not in text
+
+
+def test_a_small_model_takes_its_last_layers_and_all_of_its_vocabulary(project: Path) -> None:
+    small = {"num_hidden_layers": 5, "vocab_size": 1000, "hidden_size": 64}
+    use("first-try", model({**LLAMA, **small, "dtype": "float64"}), Path("chats.jsonl"))
+    params = read_params()
+    check_params(params)
+    assert params["capture"]["hidden_layers"] == [2, 3, 4]
+    assert {params["drafts"][d]["draft_vocab_size"] for d in ("eagle3", "medusa")} == {None}
+    lm = params["drafts"]["lm"]
+    assert [lm[k] for k in ("hidden_size", "num_heads", "intermediate_size")] == [16, 1, 48]
+
+
+def test_a_folder_without_sizes_is_refused_and_nothing_written(project: Path) -> None:
+    before = (project / "params.yaml").read_bytes()
+    with pytest.raises(ConfigError, match=r"no none/config\.json; .*hf download"):
+        use("first-try", Path("none"))
+    with pytest.raises(ConfigError, match=r"config\.json has no num_hidden_layers; expected"):
+        use("first-try", model({"vocab_size": 9, "hidden_size": 8}))
+    assert (project / "params.yaml").read_bytes() == before
+
+
+def test_a_bad_model_is_refused_before_its_prompts_are_answered(project: Path) -> None:
+    use("first-try", model(LLAMA), Path("chats.jsonl"))
+    good = read_params()
+    for section, key, value, sentence in (
+        ("capture", "hidden_layers", [2, 8, 16], r"names layer 16; expected indices from 0 to 15"),
+        ("drafts", "eagle3", {"draft_vocab_size": 200000}, r"drafts\.eagle3\.draft_vocab_size is"),
+    ):
+        params = deepcopy(good)
+        old = params[section][key]
+        params[section][key] = {**old, **value} if isinstance(value, dict) else value
+        with pytest.raises(ConfigError, match=sentence):
+            check_params(params)
+    params = deepcopy(good)
+    params["target"]["shape"] = compose(Path("presets"), "first-try")["target"]["shape"]
+    with pytest.raises(TargetError, match=r"target\.shape\.vocab_size 151936; expected 128256"):
+        check_params(params)
+    params["target"] |= {"model": "org/name", "revision": "0" * 40}
+    params["capture"]["hidden_layers"] = [2, 8, 28]
+    with pytest.raises(ConfigError, match=r"names layer 28; expected indices from 0 to 27"):
+        check_params(params)
+
+
+def test_matrix_adds_an_export(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    matrix(["lm:0:kl,lk_lambda"], ["lm-kl-0:transformers"])
+    assert "1 starts, 2 arms, 2 exports" in capsys.readouterr().out
+    assert list(read_params()["exports"]) == ["lm-lk_lambda-0", "lm-kl-0"]
+    check_params(read_params())
+    before = (project / "params.yaml").read_bytes()
+    for wrong, sentence in (
+        ("lm-kl-0", "--export 'lm-kl-0'; expected ARM:FORMAT"),
+        ("lm-tv-0:transformers", "export of arm 'lm-tv-0'; expected one of lm-kl-0"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            matrix(["lm:0:kl"], [wrong])
+    assert (project / "params.yaml").read_bytes() == before
+
+
+def test_changes_name_what_comes_and_goes_in_one_line() -> None:
+    old = {"arms": {"a": {"x": 1}, "b": {"x": 1}}, "target": {"kind": "one", "p": 1, "q": 2}}
+    new = {"arms": {"a": {"x": 2}, "c": {}}, "target": {"kind": "two", "r": 3}}
+    assert changes(old, new) == [
+        "arms: without b",
+        "arms: with c",
+        "arms.a.x: 1 -> 2",
+        "target: without p, q",
+        "target.kind: one -> two",
+        "target.r: absent -> 3",
+    ]
 
 
 def test_changes_tell_absent_from_null() -> None:

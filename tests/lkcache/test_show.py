@@ -115,6 +115,16 @@ def test_conversations_of_the_data_go_through_the_template(
     assert "user: the cat<|end|>assistant:\n" in capsys.readouterr().out
 
 
+def test_before_the_target_stage_the_folder_of_the_parameters_is_asked(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_data(project, TALK)
+    (project / "target").rename(project / "own")
+    (project / "params.yaml").write_text("target: {kind: pretrained, model: own}\n")
+    show(mask=True, source="data")
+    assert "⟦ sat↵\non a mat<|end|>⟧" in capsys.readouterr().out
+
+
 def test_prompts_of_the_data_are_text(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_data(project, response=" sat")
     show(mask=True, source="data")

@@ -5,8 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import read_params
-from pipeline.estimate import HIDDEN_RATIO, INT8_BYTES, Line, estimate
+from pipeline import draft
+from pipeline.config import parse, read_params
+from pipeline.estimate import (
+    HIDDEN_RATIO,
+    INT8_BYTES,
+    LAST_READ_BY,
+    LAYERS_READ_BY,
+    Line,
+    bytes_per_token,
+    estimate,
+    reductions,
+    target_shape,
+    token_counts,
+)
 from storage.errors import ConfigError
 from storage.tables import SEQUENCES, write_table
 
@@ -87,3 +99,22 @@ def test_each_mode_and_rule_costs_what_it_stores(tmp_path: Path) -> None:
     assert fixed == pytest.approx(plain[kept] * 128 / 40)
     assert plain[kept] < sizes_of(tmp_path, keep="nucleus", max_kept=1024)[kept] < fixed
     assert sizes_of(tmp_path, keep="nucleus", max_kept=16)[kept] == pytest.approx(fixed / 8)
+
+
+def test_hidden_states_that_no_draft_reads_are_named_as_savings(tmp_path: Path) -> None:
+    """Standalone drafts need none; the kinds are those of the drafts' own needs."""
+    params = copy.deepcopy(PARAMS)
+    params["starts"] = {k: s for k, s in PARAMS["starts"].items() if s["kind"] == "lm"}
+    asked = bytes_per_token(params, target_shape(params))
+    tokens = sum(token_counts(params, tmp_path)[0].values())
+    found = {line.what: line.value for line in reductions(params, root=tmp_path)}
+    unread = "capture.hidden_layers: [], since no draft of starts reads them"
+    assert found[unread] == pytest.approx(tokens * asked["3 hidden layers"])
+    assert "capture.last_hidden: false, since no draft of starts reads it" in found
+    found = {line.what: line.value for line in reductions(PARAMS, root=tmp_path)}
+    assert {"each layer less in capture.hidden_layers", "capture.last_hidden: false"} <= set(found)
+    for name, row in PARAMS["drafts"].items():
+        module = draft.find(row["kind"])
+        needs = module.Model.needs(parse(name, row, module.Config))
+        assert (row["kind"] in LAYERS_READ_BY) == (needs.num_layers > 0)
+        assert (row["kind"] in LAST_READ_BY) == needs.last_hidden

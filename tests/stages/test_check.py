@@ -125,6 +125,19 @@ def test_what_only_the_draft_can_say_is_checked_before_anything_runs() -> None:
         check_params(params)
 
 
+def test_responses_of_the_data_end_before_evaluate_and_that_is_said_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Path("params.yaml").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text(source, encoding="utf-8")
+    check.main()
+    assert capsys.readouterr().err == ""
+    Path("params.yaml").write_text(source.replace("engine: transformers", "engine: none"))
+    check.main()
+    assert "`dvc repro` will stop at evaluate" in capsys.readouterr().err
+
+
 def test_a_refusal_leaves_the_out_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Path("params.yaml").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)

@@ -58,6 +58,20 @@ def test_tables_and_counts_agree(project: Path) -> None:
     )
 
 
+def test_a_source_that_holds_fewer_prompts_than_asked_for_is_said(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("chats.jsonl").write_text(
+        "".join(f'{{"prompt": "number {i} of {i} prompts"}}\n' for i in range(10))
+    )
+    source = {"kind": "jsonl", "train": "chats.jsonl", "heldout": None, "layout": "auto"}
+    write({**SECTION, "source": source, "near_duplicate": 1.0, "heldout_prompts": 3})
+    prepare.main()
+    said = capsys.readouterr().err
+    assert "train has 7 prompts, fewer than the 12 of prepare.train_prompts" in said
+    assert "heldout_prompts" not in said
+
+
 def test_a_second_run_writes_the_same_bytes(project: Path) -> None:
     prepare.main()
     first = tree_digest(project / "data")
