@@ -221,8 +221,8 @@ def capture(
         records = teacher.records(rows_of(batches[number]))
         if folder is None:
             kept.extend(records)
-            return Later(lambda: None)
-        return Later(lambda: (write_part(folder, number, records, layout), None)[1])
+            return Later(lambda _: None)
+        return Later(lambda n: (write_part(folder, number, records, layout, n), None)[1])
 
     list(Cluster(None, threads=torch.get_num_threads()).map(begin, range(len(batches))))
     return kept
