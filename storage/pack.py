@@ -5,10 +5,10 @@
 
 The counterpart of `storage.shard`, and byte for byte what zarr-python writes for the same array:
 inner chunks of bytes, blosc and crc32c, then their index. zarr makes three copies of a whole shard
-on the way and its file is read again for the digest; here a chunk is gathered from the sequences,
-encoded by one of `threads` threads, and written and digested by the caller's, in order. So neither
-the number of threads nor their timing reaches a byte, and no more than `AHEAD` chunks a thread are
-in memory beside the sequences.
+on the way and its file is read again for the digest; here a chunk is gathered from the sequences
+and encoded by one of `threads` threads, written by the caller's in order, and digested by one more.
+So neither the number of threads nor their timing reaches a byte, and no more than `AHEAD` chunks a
+thread are in memory beside the sequences, and the one that is being digested.
 
 numcodecs, google_crc32c and hashlib work without Python's lock, so that threads are enough. They
 are always threads of a pool: in a program's main thread blosc would start threads of its own, whose
@@ -72,18 +72,19 @@ def pack(sources: Iterable[Source], *, threads: int) -> Iterator[Packed]:
     chunks = ((source, number) for source in sources for number in range(_num_chunks(source)))
     tasks = (partial(_encoded, source, number) for source, number in chunks)
     file: _File | None = None
-    try:
-        for source, number, body in in_order(tasks, threads=threads):
-            if number == 0:
-                file = _File(source)
-            assert file is not None, "chunks are numbered from 0"
-            file.append(body)
-            if number == _num_chunks(source) - 1:
-                yield file.finish()
-                file = None
-    finally:
-        if file is not None:
-            file.close()
+    with ThreadPoolExecutor(1, "pack-digest") as digesting:
+        try:
+            for source, number, body, checksum in in_order(tasks, threads=threads):
+                if number == 0:
+                    file = _File(source, digesting)
+                assert file is not None, "chunks are numbered from 0"
+                file.append(body, checksum)
+                if number == _num_chunks(source) - 1:
+                    yield file.finish()
+                    file = None
+        finally:
+            if file is not None:
+                file.close()
 
 
 def in_order(tasks: Iterable[Callable[[], R]], *, threads: int) -> Iterator[R]:
@@ -109,16 +110,16 @@ def in_order(tasks: Iterable[Callable[[], R]], *, threads: int) -> Iterator[R]:
 class _File:
     """A chunk file as it grows: what is written is digested on the way."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, digesting: ThreadPoolExecutor) -> None:
         self._path, self._lengths, self._sha256 = source.path, [0], hashlib.sha256()
+        self._digesting = digesting
+        self._digested: Future[None] | None = None
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file: BinaryIO = self._path.open("wb")
 
-    def append(self, body: bytes) -> None:
+    def append(self, body: bytes, checksum: bytes) -> None:
         """One chunk, followed by its checksum."""
-        checksum = _checksum(body)
-        self._write(body)
-        self._write(checksum)
+        self._write(body, checksum)
         self._lengths.append(len(body) + len(checksum))
 
     def finish(self) -> Packed:
@@ -126,18 +127,29 @@ class _File:
         ends = list(accumulate(self._lengths))
         index = np.array(list(zip(ends, self._lengths[1:], strict=False)), dtype="<u8").tobytes()
         checksum = _checksum(index)
-        self._write(index)
-        self._write(checksum)
+        self._write(index, checksum)
         self.close()
+        self._wait()
         return Packed(self._path, ends[-1] + len(index) + len(checksum), self._sha256.hexdigest())
 
     def close(self) -> None:
         """Whatever is in it."""
         self._named(self._file.close)
 
-    def _write(self, content: bytes) -> None:
-        self._sha256.update(content)
-        self._named(partial(self._file.write, content))
+    def _write(self, *contents: bytes) -> None:
+        """To the file, while the same is digested: both take long, and neither takes the lock."""
+        self._wait()
+        self._digested = self._digesting.submit(self._digest, contents)
+        for content in contents:
+            self._named(partial(self._file.write, content))
+
+    def _digest(self, contents: Iterable[bytes]) -> None:
+        for content in contents:
+            self._sha256.update(content)
+
+    def _wait(self) -> None:
+        if self._digested is not None:
+            self._digested.result()
 
     def _named(self, call: Callable[[], Any]) -> None:
         """`write` and `close` do not say which file the disk had no room for."""
@@ -152,8 +164,8 @@ def _num_chunks(source: Source) -> int:
     return -(-sum(map(len, source.pieces)) // source.chunk)
 
 
-def _encoded(source: Source, number: int) -> tuple[Source, int, bytes]:
-    """One chunk as blosc stores it, and which one it is."""
+def _encoded(source: Source, number: int) -> tuple[Source, int, bytes, bytes]:
+    """Which chunk it is, the chunk as blosc stores it, and its checksum."""
     try:
         rows = _rows(source.pieces, number * source.chunk, (number + 1) * source.chunk)
         if len(rows) < source.chunk:  # the last one is stored at its full length
@@ -163,7 +175,8 @@ def _encoded(source: Source, number: int) -> tuple[Source, int, bytes]:
         rows = np.ascontiguousarray(rows, dtype=rows.dtype.newbyteorder("<"))
         shuffle = Blosc.BITSHUFFLE if source.bitshuffle else Blosc.SHUFFLE
         blosc = Blosc("zstd", source.level, shuffle, typesize=rows.dtype.itemsize)
-        return source, number, blosc.encode(rows)
+        body = blosc.encode(rows)
+        return source, number, body, _checksum(body)
     except Exception as error:
         error.add_note(f"while encoding chunk {number} of {source.path}")
         raise
