@@ -149,7 +149,8 @@ def main() -> None:
     """Measure, and write the page."""
     where = MEMORY if MEMORY.is_dir() else None
     head = "a token of | writers | encoding and digests, µs | the thread that writes, µs"
-    lines = [f"| {head} | tokens/s of a core | clock, µs |", "| --- | --- | ---: | ---: | ---: | ---: |"]
+    lines = [f"| {head} | tokens/s of a core | clock, µs |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
     needed = []
     for name, layout in LAYOUTS.items():
         found = measure(layout, where)

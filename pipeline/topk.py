@@ -262,7 +262,8 @@ def _select(blocks: _Blocks, lse_C: Tensor, rule: Rule) -> tuple[_Order, _Blocks
     at_E = (z_QS >= bar_C1[row_Q]).view(-1).nonzero()[:, 0]
     q_E, size = at_E // z_QS.shape[1], z_QS.shape[1]
     row_E, z_E = row_Q[q_E], z_QS.view(-1)[at_E]
-    count_C = torch.bincount(row_E, minlength=len(lse_C))
+    # bincount would ask a device for the largest row, and wait for the answer
+    count_C = row_E.new_zeros(len(lse_C)).scatter_add_(0, row_E, torch.ones_like(row_E))
     found = _Order(count_C, row_E, block_Q[q_E] * size + at_E % size, z_E, at_E)
     # nonzero ascends and the sort is stable, so equal logits stay in the order of their ids
     order_E = ((row_E << 32) - _ascending(z_E)).argsort(stable=True)
@@ -319,12 +320,11 @@ def _draw(
 
     One uniform finds the block, and what is left of it, rescaled, the id within.
     """
-    most = int(count_C.max()) if len(count_C) else 0
-    asked_CM = torch.arange(most, device=count_C.device) < count_C[:, None]
+    asked_CM = torch.arange(uniform_CM.shape[1], device=count_C.device) < count_C[:, None]
     row_M, draw_M = asked_CM.nonzero().unbind(-1)
     cdf_CB = mass_CB.cumsum(-1)
     total_C1 = cdf_CB[:, -1:].contiguous()
-    wanted_CM = uniform_CM[:, :most].to(cdf_CB) * total_C1
+    wanted_CM = uniform_CM.to(cdf_CB) * total_C1
     # the first block whose cdf exceeds what is wanted: one with mass
     block_CM = torch.searchsorted(cdf_CB, wanted_CM, right=True)
     last_C1 = torch.searchsorted(cdf_CB, total_C1)
