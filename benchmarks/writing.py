@@ -10,8 +10,9 @@ All but the last column is CPU time: what the threads took together that encode,
 digests; and what the thread took that hands them chunks, writes the files and syncs them. That one
 is alone, so a token takes at least its time. `zarr` writes the
 same arrays joined, through zarr-python's own pipeline, and digests the files: what this project did
-before. The clock depends on who else uses the cores. Ways take turns; of each, the round of the
-least CPU stands here, and the shortest clock.
+before. The clock depends on who else uses the cores: where the load is above their number, it says
+nothing of scaling. Ways take turns; of each, the round of the least CPU stands here, and the
+shortest clock.
 """
 
 import os

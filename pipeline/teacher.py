@@ -166,7 +166,7 @@ def _to_host(x: Tensor) -> Tensor:
 
 
 def _to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A host's tensor on a device; a copy from memory that is not pinned would wait for the queue."""
+    """A host's tensor on a device; from memory that is not pinned, a copy would await the queue."""
     if device.type != "cuda":
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
