@@ -47,7 +47,7 @@ from storage.record import Record
 from storage.writer import write_part
 
 ENTROPY = 1.5
-ROUNDS = 2
+ROUNDS = 3
 PART_TOKENS = 16_384
 # bf16 on one H100: 989 TFLOP/s of its data sheet, half of them used, 16 GFLOP a token
 PREFILL_TOKENS_S = 31_000
@@ -221,8 +221,8 @@ def capture(
         records = teacher.records(rows_of(batches[number]))
         if folder is None:
             kept.extend(records)
-            return Later(lambda: None)
-        return Later(lambda: (write_part(folder, number, records, layout), None)[1])
+            return Later(lambda _: None)
+        return Later(lambda n: (write_part(folder, number, records, layout, n), None)[1])
 
     list(Cluster(None, threads=torch.get_num_threads()).map(begin, range(len(batches))))
     return kept
@@ -318,7 +318,8 @@ def measure(shape: Shape, device: str, dtype: str) -> list[str]:
     tokens = shape.batches * shape.batch_tokens
     least = min(bares, key=statistics.median)
     each = 1e3 * statistics.median(least) / tokens
-    said = f"{shape.name} parameters, {dtype}, mean entropy {entropy:.2f} nats"
+    load = f", load {os.getloadavg()[0]:.1f}" if device == "cpu" else ""
+    said = f"{shape.name} parameters, {dtype}, mean entropy {entropy:.2f} nats{load}"
     columns = "hidden | tail samples | mean K | tail mass | samples a token | over bare | own time"
     lines = [
         f"{said}; bare {each:.2f} ms a token.",
@@ -347,8 +348,7 @@ def machine(device: str) -> str:
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    load = os.getloadavg()[0]
-    return f"{os.cpu_count()} cores, {names[0] if names else 'unknown'}; one used, load {load:.1f}"
+    return f"{os.cpu_count()} cores, {names[0] if names else 'unknown'}; one used"
 
 
 def main() -> None:

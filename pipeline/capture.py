@@ -5,8 +5,8 @@
     done  = cluster.map(partial(begin_part, job), parts)    # a worker owns and writes whole parts
 
 A part is the unit of work: its batches are composed from its own sequences, so that neither workers
-nor restarts change a bit; a part is written while the next one's pass runs. The pass itself is
-`pipeline.teacher`; knows no draft. Source: DESIGN §5.
+nor restarts change a bit; it is written, by several threads, while the next one's pass runs. The
+pass itself is `pipeline.teacher`; knows no draft. Source: DESIGN §5.
 """
 
 import math
@@ -266,7 +266,7 @@ def plan(
 def capture_part(job: Job, part: Part) -> Done:
     """Capture and write one part, unless an earlier run left it whole."""
     begun = begin_part(job, part)
-    return begun.finish() if isinstance(begun, Later) else begun
+    return begun.finish(1) if isinstance(begun, Later) else begun
 
 
 def begin_part(job: Job, part: Part) -> Done | Later[Done]:
@@ -293,10 +293,10 @@ def begin_part(job: Job, part: Part) -> Done | Later[Done]:
     return Later(partial(_write, job, part, records, teacher.stats()))
 
 
-def _write(job: Job, part: Part, records: Sequence[Record], stats: Stats) -> Done:
+def _write(job: Job, part: Part, records: Sequence[Record], stats: Stats, writers: int) -> Done:
     # before the part, so that a part that is there has them
     write_json(part.stats, asdict(stats))
-    return Done(write_part(part.cache, part.index, records, job.layout), stats)
+    return Done(write_part(part.cache, part.index, records, job.layout, writers), stats)
 
 
 @lru_cache(maxsize=1)

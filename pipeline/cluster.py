@@ -5,7 +5,8 @@ module-level one (or a `functools.partial` of one) that returns something small;
 results themselves. Results come in the order of the units, so no output can depend on the
 scheduler. Knows nothing of targets or caches; no stage lists the section `cluster` under params. A
 function may return `Later`, what is left of its unit once the device is done with it (writing,
-say): that runs in a thread while the next unit computes, one at a time.
+say): that runs in a thread while the next unit computes, one at a time, and is told how many
+threads it may use itself: the cores that computing leaves free.
 
 One worker runs in-process with the same number of torch threads as a worker process would.
 """
@@ -13,11 +14,13 @@ One worker runs in-process with the same number of torch threads as a worker pro
 import logging
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 import torch
@@ -43,6 +46,9 @@ from storage.workspace import disk_error
 
 DeviceMap = str | tuple[tuple[str, int | str], ...]
 """As `pipeline.target` has it, which this module does not know."""
+# One thread digests and writes a file while others encode it; it keeps up with about so many.
+MOST_WRITERS = 8
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
 U = TypeVar("U")
 R = TypeVar("R")
 
@@ -81,6 +87,8 @@ class ClusterConfig(Strict):
     address: Address
     parallel: DeviceMapConfig | None
     """Of a target that one device does not hold; null: a device holds it."""
+    writers: Annotated[int, Field(ge=1)] | None
+    """Threads of each worker that encode and write; null: the cores that computing leaves free."""
 
 
 @dataclass(frozen=True)
@@ -92,21 +100,51 @@ class _Mendable:
 
 @dataclass(frozen=True)
 class Later(Generic[R]):
-    """The rest of a unit, which needs no device: `finish` returns the unit's result."""
+    """The rest of a unit, which needs no device."""
 
-    finish: Callable[[], R]
+    finish: Callable[[int], R]
+    """Threads that it may use -> the unit's result."""
+
+
+@dataclass(frozen=True)
+class Cores:
+    """How many threads finish a unit, found out where it runs."""
+
+    writers: int | None
+    """As `ClusterConfig` has it."""
+    threads: int
+    """That compute, a worker."""
+    share: int = 1
+    """Workers that have the cores of their host together."""
+
+    def spare(self) -> int:
+        """Threads beside those that compute, at least one."""
+        if self.writers is not None:
+            return self.writers
+        return max(1, min(MOST_WRITERS, available_cores() // self.share - self.threads))
+
+
+def available_cores() -> int:
+    """Cores that this process may use: its affinity, or the quota of its container."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    try:
+        quota, period = QUOTA.read_text(encoding="utf-8").split()
+        return min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such control group, or one without a quota: `max`
+        return cores
 
 
 _FINISHING = threading.Semaphore()  # one unit of a process at a time, which bounds what it holds
 
 
-def _call(function: Callable[[Any], Any], threads: int, visible: list[str], unit: Any) -> Any:
+def _call(function: Callable[[Any], Any], cores: Cores, visible: list[str], unit: Any) -> Any:
     """Run one unit in a worker with a fixed number of threads and, of those visible, its device.
 
     Or its devices: an item of `visible` is what CUDA_VISIBLE_DEVICES is to say.
     """
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
+    if torch.get_num_threads() != cores.threads:
+        torch.set_num_threads(cores.threads)
     if visible:  # by the worker's number, which it keeps when it is started again
         from distributed import get_worker
 
@@ -114,7 +152,7 @@ def _call(function: Callable[[Any], Any], threads: int, visible: list[str], unit
         os.environ["CUDA_VISIBLE_DEVICES"] = own  # read when the first unit starts CUDA
     try:
         value = function(unit)
-        return _finish_aside(value) if isinstance(value, Later) else value
+        return _finish_aside(value, cores) if isinstance(value, Later) else value
     except LkcacheError as error:
         return _Mendable(error)
     except OSError as error:
@@ -124,16 +162,16 @@ def _call(function: Callable[[Any], Any], threads: int, visible: list[str], unit
         return _Mendable(mendable)
 
 
-def _finish_aside(later: Later[R]) -> R:
+def _finish_aside(later: Later[R], cores: Cores) -> R:
     """Finish a unit while its worker starts on the next one."""
     from dask.distributed import secede
 
     with _FINISHING:
         secede()
-        return later.finish()
+        return later.finish(cores.spare())
 
 
-def _here(function: Callable[[U], R | Later[R]], units: Iterable[U]) -> Iterator[R]:
+def _here(function: Callable[[U], R | Later[R]], units: Iterable[U], cores: Cores) -> Iterator[R]:
     """Units in this process, each finished while the next one computes."""
     with ThreadPoolExecutor(1, "finish") as aside:
         finishing: list[Future[R]] = []
@@ -141,7 +179,7 @@ def _here(function: Callable[[U], R | Later[R]], units: Iterable[U]) -> Iterator
             value = function(unit)
             done = [future.result() for future in finishing]
             if isinstance(value, Later):
-                finishing = [aside.submit(value.finish)]
+                finishing = [aside.submit(value.finish, cores.spare())]
             else:
                 finishing = []
                 done.append(value)
@@ -152,13 +190,22 @@ def _here(function: Callable[[U], R | Later[R]], units: Iterable[U]) -> Iterator
 class Cluster:
     """Maps functions over units; made by `open_cluster`."""
 
-    def __init__(self, client: Any, *, threads: int, visible: list[str] | None = None) -> None:
-        self._client, self._threads, self._visible = client, threads, visible or []
+    def __init__(
+        self,
+        client: Any,
+        *,
+        threads: int,
+        visible: list[str] | None = None,
+        writers: int | None = None,
+        share: int = 1,
+    ) -> None:
+        self._client, self._visible = client, visible or []
+        self._cores = Cores(writers, threads, share)
 
     def map(self, function: Callable[[U], R | Later[R]], units: Iterable[U]) -> Iterator[R]:
         """Yield function(unit) in the order of the units; an `LkcacheError` reaches the caller."""
         if self._client is None:
-            return _here(function, units)
+            return _here(function, units, self._cores)
         return self._submit(function, list(units))
 
     def _submit(self, function: Callable[[U], R | Later[R]], units: list[U]) -> Iterator[R]:
@@ -173,7 +220,7 @@ class Cluster:
             future = self._client.submit(
                 _call,
                 function,
-                self._threads,
+                self._cores,
                 self._visible,
                 unit,
                 pure=False,
@@ -226,8 +273,11 @@ def open_cluster(
     with ExitStack() as stack:
         client: Any = None
         visible: list[str] = []
+        share = 1
         if config.address is not None:
             client = stack.enter_context(_elsewhere(config, threads, shards))
+            # a job of SLURM has cores of its own
+            share = 1 if isinstance(config.address, SlurmConfig) else _most_on_a_host(client)
         else:
             workers = num_workers(config, threads=threads, shards=shards)
             workers = workers if units is None else min(workers, units)
@@ -235,12 +285,18 @@ def open_cluster(
             # a worker that is to leave devices free must not see them
             if workers > 1 or (_size(config, shards) > 1 and len(groups) > 1):
                 client = stack.enter_context(_local(workers, threads))
-                visible = groups
+                visible, share = groups, workers
             else:
                 before = torch.get_num_threads()
                 torch.set_num_threads(threads)
                 stack.callback(torch.set_num_threads, before)
-        yield Cluster(client, threads=threads, visible=visible)
+        yield Cluster(client, threads=threads, visible=visible, writers=config.writers, share=share)
+
+
+def _most_on_a_host(client: Any) -> int:
+    """Workers that share a host, where most do."""
+    hosts = Counter(address.rpartition(":")[0] for address in client.nthreads())
+    return max(hosts.values(), default=1)
 
 
 def device(config: ClusterConfig) -> str:

@@ -165,6 +165,13 @@ def _to_host(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
+def _to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A host's tensor on a device; from memory that is not pinned, a copy would await the queue."""
+    if device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class _Flight:
     """A batch whose numbers are on their way to the host."""
@@ -278,12 +285,12 @@ class Pass:
         with self._timed():
             # padding lies to the right, where causal attention does not look: no mask is needed
             features = self._target.forward(
-                torch.from_numpy(tokens_BT).to(self._target.device),
+                _to_device(torch.from_numpy(tokens_BT), self._target.device),
                 layers=self._layout.hidden_layers,
             )
         b_R, t_R = supervised_BT.nonzero()
         last_hidden = features.last_hidden
-        at_b, at_t = (torch.from_numpy(x).to(last_hidden.device) for x in (b_R, t_R))
+        at_b, at_t = (_to_device(torch.from_numpy(x), last_hidden.device) for x in (b_R, t_R))
         law = self._law(
             last_hidden[at_b, at_t],
             torch.from_numpy(tokens_BT[b_R, t_R + 1]),
@@ -347,6 +354,8 @@ class Pass:
         Laws are kept as at T = 1; `token_logp` alone is that of the law that was sampled.
         """
         found = []
+        where = self._target.head_weight.device
+        token_R, uniform_RM = _to_device(token_R, where), _to_device(uniform_RM, where)
         size = max(1, logits_elements(last_hidden_RD.device) // self._layout.vocab_size)
         for first in range(0, max(1, len(token_R)), size):
             chunk = slice(first, first + size)

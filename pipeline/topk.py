@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# What a chunk of rows may hold (8 MB in float32): fewer rows would pay for their calls.
-CHUNK_ELEMENTS = 1 << 21
-# The pass over the vocabulary takes so many at a time (512 KB), which stay in a core's own cache.
-TILE_ELEMENTS = 1 << 17
+# What a chunk of rows may hold (16 MB in float32): fewer rows would pay for their calls.
+CHUNK_ELEMENTS = 1 << 22
+# The pass over the vocabulary takes so many at a time (2 MB, four rows of V = 128,256): fewer would
+# pay for their calls, more would leave the caches.
+TILE_ELEMENTS = 1 << 19
 # An accelerator starts some 80 kernels a chunk: 512 rows of V = 131,072 (256 MB of float32) keep it
 # longer than its launches do, for a few such copies of memory. Chosen by that count, not measured.
 DEVICE_CHUNK_ELEMENTS = 1 << 26
@@ -218,25 +219,22 @@ def _summarise(logits_CV: Tensor) -> tuple[_Blocks, Tensor, Tensor]:
     size = block_size(num_ids)
     shape = (num_rows, -(-num_ids // size))
     peak, total, moment = (logits_CV.new_empty(shape, dtype=torch.float32) for _ in range(3))
-    even = num_ids // size * size  # the last block of a row may be short
-    spans = [(0, even, size), (even, num_ids, num_ids - even)]
     rows = min(num_rows, max(1, tile_elements(logits_CV.device) // num_ids))
     # fresh memory for every tile would cost more than its arithmetic
-    off, power = (logits_CV.new_empty(rows * num_ids, dtype=torch.float32) for _ in range(2))
+    off, power = (logits_CV.new_empty((rows, num_ids), dtype=torch.float32) for _ in range(2))
     for first in range(0, num_rows, max(1, rows)):
         z_TV = logits_CV[first : first + rows]
-        off_TV, power_TV = (x[: z_TV.numel()].view(z_TV.shape) for x in (off, power))
+        off_TV, power_TV = off[: len(z_TV)], power[: len(z_TV)]
         if z_TV.dtype != torch.float32:
             z_TV = off_TV.copy_(z_TV)
-        for start, stop, width in spans:
-            if start == stop:
-                continue
-            z_TBS, off_TBS, power_TBS = (
-                x[:, start:stop].unflatten(-1, (-1, width)) for x in (z_TV, off_TV, power_TV)
-            )
-            at = (slice(first, first + rows), slice(start // size, -(-stop // size)))
-            peak[at] = z_TBS.amax(-1)
-            torch.sub(z_TBS, peak[at][..., None], out=off_TBS).mul_(1 / math.log(2))
+        views = zip(*(_cut(x, size) for x in (z_TV, off_TV, power_TV)), strict=True)
+        done = 0
+        for z_TBS, off_TBS, power_TBS in views:
+            at = (slice(first, first + rows), slice(done, done + z_TBS.shape[1]))
+            done += z_TBS.shape[1]
+            peak_TB = z_TBS.amax(-1)
+            torch.sub(z_TBS, peak_TB[..., None], out=off_TBS).mul_(1 / math.log(2))
+            peak[at] = peak_TB
             total[at] = torch.exp2(off_TBS, out=power_TBS).sum(-1)  # twice as fast as exp
             moment[at] = off_TBS.mul_(power_TBS).sum(-1)
     blocks = _Blocks(logits_CV, peak, total)
@@ -248,6 +246,14 @@ def _summarise(logits_CV: Tensor) -> tuple[_Blocks, Tensor, Tensor]:
     return blocks, top_C1[:, 0] + total_C.log(), total_C.log() - mean_C
 
 
+def _cut(x_TV: Tensor, size: int) -> list[Tensor]:
+    """[T, B, S] the whole blocks of some rows, and [T, 1, …] the last one where it is short."""
+    num_rows, num_ids = x_TV.shape
+    even = num_ids // size * size
+    parts = [x_TV[:, :even].view(num_rows, -1, size)] if even else []
+    return parts + ([x_TV[:, None, even:]] if even < num_ids else [])
+
+
 def _select(blocks: _Blocks, lse_C: Tensor, rule: Rule) -> tuple[_Order, _Blocks]:
     """What is kept, and the blocks without it."""
     bar_C1 = _bar(blocks, lse_C, rule)
@@ -256,7 +262,8 @@ def _select(blocks: _Blocks, lse_C: Tensor, rule: Rule) -> tuple[_Order, _Blocks
     at_E = (z_QS >= bar_C1[row_Q]).view(-1).nonzero()[:, 0]
     q_E, size = at_E // z_QS.shape[1], z_QS.shape[1]
     row_E, z_E = row_Q[q_E], z_QS.view(-1)[at_E]
-    count_C = torch.bincount(row_E, minlength=len(lse_C))
+    # bincount would ask a device for the largest row, and wait for the answer
+    count_C = row_E.new_zeros(len(lse_C)).scatter_add_(0, row_E, torch.ones_like(row_E))
     found = _Order(count_C, row_E, block_Q[q_E] * size + at_E % size, z_E, at_E)
     # nonzero ascends and the sort is stable, so equal logits stay in the order of their ids
     order_E = ((row_E << 32) - _ascending(z_E)).argsort(stable=True)
@@ -313,12 +320,11 @@ def _draw(
 
     One uniform finds the block, and what is left of it, rescaled, the id within.
     """
-    most = int(count_C.max()) if len(count_C) else 0
-    asked_CM = torch.arange(most, device=count_C.device) < count_C[:, None]
+    asked_CM = torch.arange(uniform_CM.shape[1], device=count_C.device) < count_C[:, None]
     row_M, draw_M = asked_CM.nonzero().unbind(-1)
     cdf_CB = mass_CB.cumsum(-1)
     total_C1 = cdf_CB[:, -1:].contiguous()
-    wanted_CM = uniform_CM[:, :most].to(cdf_CB) * total_C1
+    wanted_CM = uniform_CM.to(cdf_CB) * total_C1
     # the first block whose cdf exceeds what is wanted: one with mass
     block_CM = torch.searchsorted(cdf_CB, wanted_CM, right=True)
     last_C1 = torch.searchsorted(cdf_CB, total_C1)

@@ -5,8 +5,8 @@
     seal(folder, layout=layout, parts=entries, source=..., params=...)
 
 One worker owns whole parts. A part is written in a hidden folder, synced, and renamed; its commit
-log is the last thing written into it. The manifest is written last of all. zarr-python's default
-codec pipeline writes, whatever the caller configured: its bytes are the same on every run, and
+log is the last thing written into it. The manifest is written last of all. zarr-python writes the
+metadata, `storage.pack` the chunks, byte for byte as zarr-python's default codec pipeline does;
 `zarrs` is neither atomic nor deterministic as a writer (reference/ecosystem.md §3.4).
 """
 
@@ -16,7 +16,8 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,12 @@ from storage.manifest import (
     digest_line,
     file_entries,
 )
+from storage.pack import Source, in_order, pack
 from storage.record import Record, supervised
 from storage.workspace import digest, remove, sync, sync_folder
 
 HOST = re.sub(r"[^\w-]", "-", socket.gethostname())
 """In the names of unfinished folders alone, which no cache keeps."""
-WRITE = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
 
 
 def plan_parts(lengths: Sequence[int], *, part_tokens: int) -> list[tuple[int, int]]:
@@ -87,28 +88,31 @@ def stats_path(folder: Path, index: int) -> Path:
     return folder.with_name(f"{folder.name}.stats") / f"{index:05d}.json"
 
 
-def write_part(folder: Path, index: int, records: Sequence[Record], layout: Layout) -> PartEntry:
+def write_part(
+    folder: Path, index: int, records: Sequence[Record], layout: Layout, writers: int = 1
+) -> PartEntry:
     """Write one part and commit it by rename; `CacheError` names a record that does not fit.
 
-    `OSError` (disk full, no permission) leaves nothing under the part's name.
+    `writers` threads check and encode, which changes no byte. `OSError` (disk full, no permission)
+    names the file and leaves nothing under the part's name.
     """
     if not records:
         raise ValueError(f"part {index} without sequences")
-    for record in records:
-        record.check(layout)
+    for _ in in_order((partial(record.check, layout) for record in records), threads=writers):
+        pass
     name = part_name(index)
     # a retried task may race its zombie, here or on another host of a shared disk, hence process
     # and host; `seal` sweeps what a kill leaves
-    partial = folder / f".{name}.{HOST}.{os.getpid()}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    unfinished = folder / f".{name}.{HOST}.{os.getpid()}.partial"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
     try:
-        entry = _write_arrays(partial, name, records, layout)
-        sync(partial)
+        entry = _write_arrays(unfinished, name, records, layout, writers)
+        sync(unfinished)
         shutil.rmtree(folder / name, ignore_errors=True)
-        partial.rename(folder / name)
+        unfinished.rename(folder / name)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
     sync_folder(folder)
     return entry
@@ -150,8 +154,8 @@ def seal(
     """
     for stale in (MANIFEST, MANIFEST_DIGEST):
         (folder / stale).unlink(missing_ok=True)
-    for partial in folder.glob(".*.partial"):
-        remove(partial)
+    for unfinished in folder.glob(".*.partial"):
+        remove(unfinished)
     found = sorted(p.name for p in folder.glob("part-*"))
     names = [part.name for part in parts]
     if found != names or names != [part_name(index) for index in range(len(parts))]:
@@ -179,22 +183,28 @@ def seal(
     sync_folder(folder)
 
 
-def _write_arrays(folder: Path, name: str, records: Sequence[Record], layout: Layout) -> PartEntry:
+def _write_arrays(
+    folder: Path, name: str, records: Sequence[Record], layout: Layout, writers: int
+) -> PartEntry:
     """All arrays, then the group's metadata with the commit log in it."""
     columns = _columns(records, layout)
-    with zarr.config.set(WRITE):
-        group = zarr.create_group(folder, zarr_format=3)
-        for array in layout.arrays():
-            _write_array(group, array, columns[array.name], layout)
+    group = zarr.create_group(folder, zarr_format=3)
+    files = {}
+    for packed in pack(_sources(folder, group, records, columns, layout), threads=writers):
+        entry = FileEntry(packed.num_bytes, packed.sha256)
+        files[packed.path.relative_to(folder).as_posix()] = entry
+    for path in folder.glob(f"*/{GROUP}"):
+        files[path.relative_to(folder).as_posix()] = FileEntry.of(path)
     log = PartEntry(
         name=name,
         counts=_counts(columns, records),
         coverage=_coverage(columns, records, layout),
-        files=file_entries(folder, without=[GROUP]),
+        files=dict(sorted(files.items())),
     )
     (folder / GROUP).write_bytes(_group_bytes(_commit_log(log, layout)))
-    files = {**log.files, GROUP: FileEntry.of(folder / GROUP)}
-    return PartEntry(name, log.counts, log.coverage, files)
+    return PartEntry(
+        name, log.counts, log.coverage, {**log.files, GROUP: FileEntry.of(folder / GROUP)}
+    )
 
 
 def _level(array: Array, *, wide: bool) -> int:
@@ -203,24 +213,52 @@ def _level(array: Array, *, wide: bool) -> int:
     return WIDE_LEVEL if wide else NARROW_LEVEL
 
 
-def _write_array(group: Any, array: Array, value: NDArray[Any], layout: Layout) -> None:
-    """One array as one shard: the whole array, rounded up to whole inner chunks."""
-    width = layout.width(array)
-    itemsize = value.dtype.itemsize
-    chunk = chunk_length(array, len(value), row_bytes=itemsize * math.prod(width))
-    shard = max(1, math.ceil(len(value) / chunk)) * chunk
-    created = group.create_array(
+def _sources(
+    folder: Path,
+    group: Any,
+    records: Sequence[Record],
+    columns: Mapping[str, NDArray[Any]],
+    layout: Layout,
+) -> Iterator[Source]:
+    """Every array that has rows, its metadata written. Wide ones are never joined in memory."""
+    for array in layout.arrays():
+        if array.name in columns:
+            pieces = [columns[array.name]]
+        else:
+            pieces = [getattr(record, array.name) for record in records]
+        length, width = sum(map(len, pieces)), layout.width(array)
+        dtype = pieces[0].dtype
+        chunk = chunk_length(array, length, row_bytes=dtype.itemsize * math.prod(width))
+        _create_array(group, array, (length, *width), chunk=chunk, wide=bool(width))
+        if length and math.prod(width):
+            yield Source(
+                path=folder.joinpath(array.name, "c", *("0" for _ in array.dims)),
+                pieces=pieces,
+                chunk=chunk,
+                level=_level(array, wide=bool(width)),
+                bitshuffle=array.name in BITSHUFFLED,
+                fill=_fill(dtype),
+            )
+
+
+def _create_array(
+    group: Any, array: Array, shape: tuple[int, ...], *, chunk: int, wide: bool
+) -> None:
+    """The metadata of one array as one shard: the whole array, rounded up to whole inner chunks."""
+    dtype = np.dtype(array.dtype)
+    shard = max(1, math.ceil(shape[0] / chunk)) * chunk
+    group.create_array(
         array.name,
-        shape=value.shape,
-        dtype=array.dtype,
-        chunks=(chunk, *width),
-        shards=(shard, *width),
-        fill_value=_fill(value.dtype),
+        shape=shape,
+        dtype=dtype,
+        chunks=(chunk, *shape[1:]),
+        shards=(shard, *shape[1:]),
+        fill_value=_fill(dtype),
         compressors=[
             BloscCodec(
-                typesize=itemsize,
+                typesize=dtype.itemsize,
                 cname="zstd",
-                clevel=_level(array, wide=bool(width)),
+                clevel=_level(array, wide=wide),
                 shuffle="bitshuffle" if array.name in BITSHUFFLED else "shuffle",
             ),
             Crc32cCodec(),
@@ -229,8 +267,6 @@ def _write_array(group: Any, array: Array, value: NDArray[Any], layout: Layout) 
         attributes={"encoding": array.encoding} if array.encoding else {},
         config={"write_empty_chunks": True},
     )
-    if value.size:
-        created[...] = value
 
 
 def _fill(dtype: np.dtype[Any]) -> float | int:
@@ -241,7 +277,7 @@ def _fill(dtype: np.dtype[Any]) -> float | int:
 
 
 def _columns(records: Sequence[Record], layout: Layout) -> dict[str, NDArray[Any]]:
-    """Every array of the part, sequences one after another."""
+    """Every array of one dim, sequences one after another."""
     lengths = np.array([len(record.tokens) for record in records], dtype=np.int64)
     columns: dict[str, NDArray[Any]] = {"row_start": lengths.cumsum() - lengths, "length": lengths}
     for key in ("id", "domain"):
@@ -249,7 +285,7 @@ def _columns(records: Sequence[Record], layout: Layout) -> dict[str, NDArray[Any
         columns[key] = np.frombuffer(b"".join(texts), dtype=np.uint8)
         columns[f"{key}_end"] = np.cumsum([len(text) for text in texts], dtype=np.int64)
     for array in layout.arrays():
-        if array.name not in columns:
+        if len(array.dims) == 1 and array.name not in columns:
             columns[array.name] = np.concatenate([getattr(r, array.name) for r in records])
     return columns
 

@@ -336,9 +336,10 @@ def test_a_sequence_without_memory_is_named(target: Target) -> None:
 
 @pytest.mark.parametrize("vocab_size", [151_936, 201_088])
 def test_large_vocabularies_are_captured_in_bounded_memory(
-    tiny_model: Any, vocab_size: int
+    tiny_model: Any, vocab_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Never a float32 [R, V]: 20 rows here would be 12 to 16 MB, a chunk is 4."""
+    """Never a float32 [R, V]: 20 rows here would be 12 to 16 MB, a chunk is 8."""
+    monkeypatch.setattr(topk, "CHUNK_ELEMENTS", 1 << 21)
     large = target_of(tiny_model(vocab_size=vocab_size, hidden_size=8, num_layers=1).bfloat16())
     tokens = [vocab_size - 1 - 7 * i for i in range(21)]
     row = {"id": "s", "domain": "d", "tokens": tokens, "turn": [0] * 21, "law": "T=1"}

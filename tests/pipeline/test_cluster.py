@@ -18,7 +18,7 @@ import torch
 from distributed.scheduler import KilledWorker
 
 from pipeline import cluster, hosts
-from pipeline.cluster import Cluster, ClusterConfig, Later, device, num_workers, open_cluster
+from pipeline.cluster import Cluster, ClusterConfig, Cores, Later, device, num_workers, open_cluster
 from pipeline.config import parse
 from storage.errors import ConfigError, TargetError, WorkspaceError
 from storage.workspace import Workspace, read_json, write_json
@@ -68,7 +68,7 @@ def begin(unit: tuple[int, str, int]) -> int | Later[int]:
         with path.open("a") as file:
             file.write(f"{what} {number} {threading.current_thread() is threading.main_thread()}\n")
 
-    def finish() -> int:
+    def finish(_: int) -> int:
         log("finish")
         deadline = time.monotonic() + 60  # a worker that died before may still be starting
         while path.read_text().count("begin") < awaited and time.monotonic() < deadline:
@@ -84,7 +84,14 @@ def begin(unit: tuple[int, str, int]) -> int | Later[int]:
 
 def config_of(**changes: Any) -> ClusterConfig:
     return ClusterConfig(
-        **{"workers": 1, "device": "cpu", "address": None, "parallel": None, **changes}
+        **{
+            "workers": 1,
+            "device": "cpu",
+            "address": None,
+            "parallel": None,
+            "writers": None,
+            **changes,
+        }
     )
 
 
@@ -162,7 +169,7 @@ from pathlib import Path
 from pipeline.cluster import ClusterConfig, open_cluster
 from storage.workspace import Workspace
 from tests.pipeline.test_cluster import say_and_sleep
-config = ClusterConfig(workers=2, device="cpu", address=None, parallel=None)
+config = ClusterConfig(workers=2, device="cpu", address=None, parallel=None, writers=None)
 with Workspace("capture", "f" * 64, outs=[Path("x")]), open_cluster(config, threads=1) as workers:
     list(workers.map(say_and_sleep, [sys.argv[1]] * 2))
 """
@@ -327,14 +334,27 @@ def test_a_target_is_spread_over_devices_that_are_there_and_by_accelerate(
     ],
 )
 def test_a_bad_spread_is_refused_by_key(change: dict[str, Any], sentence: str) -> None:
-    section = {"workers": 1, "device": "cpu", "address": None, "parallel": {**SPREAD, **change}}
+    section = {
+        "workers": 1,
+        "device": "cpu",
+        "address": None,
+        "parallel": {**SPREAD, **change},
+        "writers": None,
+    }
     with pytest.raises(ConfigError, match=sentence):
         parse("cluster", section, ClusterConfig)
 
 
 @pytest.mark.parametrize(("key", "value"), [("workers", 0), ("device", "tpu"), ("address", 3)])
 def test_bad_values_are_refused(key: str, value: Any) -> None:
-    section = {"workers": 1, "device": "cpu", "address": None, "parallel": None, key: value}
+    section = {
+        "workers": 1,
+        "device": "cpu",
+        "address": None,
+        "parallel": None,
+        "writers": None,
+        key: value,
+    }
     with pytest.raises(ConfigError, match=f"cluster.{key} is"):
         parse("cluster", section, ClusterConfig)
 
@@ -368,3 +388,32 @@ def test_workers_finish_aside_too(two: Cluster, tmp_path: Path) -> None:
     begun = [number for number, line in enumerate(log) if line.startswith("begin")]
     ended = [number for number, line in enumerate(log) if line.startswith("finished")]
     assert begun[3] < ended[0]
+
+
+def test_the_threads_that_finish_a_unit_are_the_cores_that_are_left(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cluster, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))
+    for cores, wanted in (
+        (Cores(None, threads=1), 8),  # no more than one thread can write after
+        (Cores(None, threads=1, share=2), 5),
+        (Cores(None, threads=8, share=2), 1),
+        (Cores(3, threads=8, share=2), 3),
+    ):
+        assert cores.spare() == wanted
+    for quota, wanted in (("400000 100000\n", 4), ("50000 100000\n", 1), ("max 100000\n", 12)):
+        (tmp_path / "cpu.max").write_text(quota)
+        assert cluster.available_cores() == wanted
+
+
+def told(unit: int) -> Later[int]:
+    return Later(lambda threads: 100 * unit + threads)
+
+
+def test_who_finishes_a_unit_is_told_how_many_threads_it_may_use(two: Cluster) -> None:
+    assert list(Cluster(None, threads=1, writers=3).map(told, range(3))) == [3, 103, 203]
+    asked = Cluster(two._client, threads=1, writers=5)
+    assert list(asked.map(told, range(3))) == [5, 105, 205]
+    assert cluster._most_on_a_host(two._client) == 2
+    assert two._cores == Cores(None, threads=1, share=2)

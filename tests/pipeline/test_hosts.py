@@ -30,8 +30,8 @@ def where(unit: int) -> tuple[str, str, int]:
 
 
 def config_of(address: Any, **changes: Any) -> ClusterConfig:
-    section = {"workers": 1, "device": "cpu", "address": address, "parallel": None, **changes}
-    return parse("cluster", section, ClusterConfig)
+    section = {"workers": 1, "device": "cpu", "parallel": None, "writers": None, **changes}
+    return parse("cluster", {**section, "address": address}, ClusterConfig)
 
 
 @pytest.fixture

@@ -274,8 +274,8 @@ class Widest(TorchDispatchMode):
 
 @pytest.mark.parametrize("rule", [rule_of(min_prob=1e-3), rule_of(), rule_of(top_p=0.9)])
 def test_no_wide_tensor_grows_with_the_rows(rule: Rule) -> None:
-    """V = 262,144, bf16 logits of 12 rows: float32 exists for eight of them at the most."""
-    logits = torch.zeros(12, 262_144, dtype=torch.bfloat16)
+    """V = 262,144, bf16 logits of 24 rows: float32 exists for 16 of them at the most."""
+    logits = torch.zeros(24, 262_144, dtype=torch.bfloat16)
     logits[:, :3] = 12.0
     with Widest() as widest:
         kept_of(logits, rule)

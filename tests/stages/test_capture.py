@@ -229,16 +229,18 @@ def test_a_cache_of_other_parameters_is_moved_aside_and_taken_back(
     assert digests(here) == before
 
 
-def test_writing_aside_changes_no_byte(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writing_aside_by_three_threads_changes_no_byte(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = digests(here)
     shutil.rmtree(here / "cache")
     aside = []
 
-    def at_once(function: Any, units: Any) -> Any:
+    def at_once(function: Any, units: Any, cores: Any) -> Any:
         for unit in units:
             value = function(unit)
             aside.append(value)
-            yield value.finish() if isinstance(value, Later) else value
+            yield value.finish(3) if isinstance(value, Later) else value
 
     monkeypatch.setattr(pipeline.cluster, "_here", at_once)
     capture.main()
@@ -291,7 +293,7 @@ def test_two_workers_write_what_one_writes(here: Path, monkeypatch: pytest.Monke
     before = digests(here)
     for name in ("sequences", "cache", "metrics", ".scratch"):
         shutil.rmtree(here / name)
-    config = ClusterConfig(workers=2, device="cpu", address=None, parallel=None)
+    config = ClusterConfig(workers=2, device="cpu", address=None, parallel=None, writers=None)
     assert device(config) == "cpu"
     # both stages share the workers: their start is what takes time
     with open_cluster(config, threads=1) as workers:

@@ -48,7 +48,7 @@ def _arm(draft: str, objective: str, seed: int, *, loss: str | None = None) -> d
 PARAMS: dict[str, Any] = {
     "warmup": {**FIT, "loss": "kl"},
     "train": {**FIT, "lr": 5e-3, "steps": 4},
-    "cluster": {"workers": 1, "device": "cpu", "address": None, "parallel": None},
+    "cluster": {"workers": 1, "device": "cpu", "address": None, "parallel": None, "writers": None},
     "drafts": {
         "lm": {
             "kind": "lm",
