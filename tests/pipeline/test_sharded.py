@@ -247,7 +247,9 @@ def test_a_worker_gets_a_device_for_each_shard(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    where = cluster.ClusterConfig(workers=None, device="cuda", address=None, parallel=None)
+    where = cluster.ClusterConfig(
+        workers=None, device="cuda", address=None, parallel=None, writers=None
+    )
     assert cluster._visible(where, 2) == ["0,1", "2,3"]
     assert cluster.num_workers(where, threads=1, shards=2) == 2
     with pytest.raises(ConfigError, match=r"5 CUDA devices here, and target\.tensor_parallel is 8"):

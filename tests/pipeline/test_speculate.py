@@ -422,7 +422,7 @@ def test_no_prompts_give_no_responses(target: Target) -> None:
 
 
 def test_a_response_beyond_the_context_is_refused(target: Target) -> None:
-    with pytest.raises(TargetError, match="target's context of 256; ask for fewer prompt or"):
+    with pytest.raises(TargetError, match="context of 256 tokens; ask for fewer prompt or"):
         run(target, None, [PROMPT], make_rules(None, max_new_tokens=300))
 
 

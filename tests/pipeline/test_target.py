@@ -43,6 +43,8 @@ from pipeline.target import (
 )
 from pipeline.teacher import Pass
 from storage.errors import ConfigError, DataError, TargetError
+from storage.sequences import Sequences
+from storage.tables import SEQUENCES, write_table
 from tests.pipeline.test_capture import config_of
 
 Build = Callable[..., Any]
@@ -635,6 +637,7 @@ def test_no_law_depends_on_a_neighbour_where_the_rotary_angles_follow_the_longes
         TargetError, match="rows of 17 tokens; expected .* context of 16 tokens" + why
     ):
         Session(target, 1, 17)
-    row = {"id": "s", "tokens": [1] * 17, "turn": [0] * 17, "law": "T=1"}
+    row = {"id": "s", "domain": "d", "tokens": [1] * 17, "turn": [0] * 17, "law": "T=1"}
+    write_table(tmp_path / "train.parquet", SEQUENCES, [{**row, "finished": True}])
     with pytest.raises(DataError, match="sequence 's' has 17 tokens; expected 1 to 16 tokens"):
-        law_of([row], spec, path=Path("train.parquet"))
+        law_of(Sequences.open(tmp_path / "train.parquet"), spec)
