@@ -114,7 +114,7 @@ def _measured(lines: list[Line]) -> list[Line]:
             expected="torch and transformers, which pass sequences through the target",
             todo="pip install lkcache[pipeline], or estimate without --dry-run",
         ) from None
-    tokens = sum(line.value for line in lines if line.what.startswith("tokens, "))
+    tokens = sum(line.value for line in lines if line.unit == "tokens")
     found = trial(Path(), num_tokens=round(tokens))
     cache = next(line for line in found if line.what == "cache")
     kept = [line for line in lines if line.what != "cache" and line.unit not in ("B/token", "h")]
@@ -146,7 +146,7 @@ def _generating(params: dict[str, Any], lines: list[Line], forward: Line) -> Lin
     what = "generating, about as much again by a good engine"
     if params["generate"].get("train_responses") != "data":
         return replace(forward, what=what)
-    tokens = {line.what: line.value for line in lines if line.what.startswith("tokens, ")}
+    tokens = {line.what: line.value for line in lines if line.unit == "tokens"}
     share = 1 - tokens["tokens, train"] / max(sum(tokens.values()), 1)
     what = "generating held-out responses, the others being the data's"
     return replace(forward, what=what, value=share * forward.value)
