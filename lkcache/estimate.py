@@ -146,8 +146,9 @@ def _generating(params: dict[str, Any], lines: list[Line], forward: Line) -> Lin
     what = "generating, about as much again by a good engine"
     if params["generate"].get("train_responses") != "data":
         return replace(forward, what=what)
-    tokens = {line.what: line.value for line in lines if line.unit == "tokens"}
-    share = 1 - tokens["tokens, train"] / max(sum(tokens.values()), 1)
+    named = {line.what: line.value for line in lines if line.unit == "tokens"}
+    train, *held = (named[f"tokens, {split}"] for split in ("train", "heldout", "greedy"))
+    share = sum(held) / max(train + sum(held), 1)
     what = "generating held-out responses, the others being the data's"
     return replace(forward, what=what, value=share * forward.value)
 

@@ -1,4 +1,4 @@
-"""Prompts -> sequences: the target's own responses; to train on, or the data's.
+"""Prompts -> sequences: the target's own responses, or the data's.
 
     prompts = {"train": encode(rows, tokenizer, ...), ...}   # ids, within the target's context
     responses, seconds = answer(prompts, job=job, ...)       # batches fixed by the prompts

@@ -1,4 +1,4 @@
-"""Prompts -> sequences: the target's own responses; to train on, or the data's."""
+"""Prompts -> sequences: the target's own responses, or the data's."""
 
 import sys
 import time
