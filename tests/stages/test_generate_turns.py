@@ -257,12 +257,19 @@ def test_a_server_of_texts_answers_every_turn_and_its_replies_only_train(
         return status, {"choices": [{"text": text, "finish_reason": reason}], "usage": usage}
 
     fake.reply = texts
+    law = here / "sequences/served/T=0.7,top_k=9.parquet"  # not asked of a server
+    section = {"turns": "every", **LIMITS, "laws": [law.stem]}
+    write_params(here, generate=section)
     main()
-    own = tables(here)
-    engine = {**SERVER, "url": fake.url, "protocol": "text"}
-    write_params(here, generate={"turns": "every", **LIMITS, "engine": engine})
+    own, own_law = tables(here), read_table(law, SEQUENCES)
+    write_params(
+        here, generate={**section, "engine": {**SERVER, "url": fake.url, "protocol": "text"}}
+    )
     main()
     found = tables(here)
+    assert read_table(law, SEQUENCES) == own_law
+    # one request a turn of training
+    assert len(fake.bodies) == told(here)["train"]["turns"]["turns"]
     assert {row["law"] for row in found["train"]} == {"data"}
     assert {split: found[split] == own[split] for split in SPLITS} == {
         "train": False,
