@@ -122,12 +122,12 @@ def tables(folder: Path, *laws: str) -> dict[str, list[dict[str, Any]]]:
 
 def test_held_out_prompts_need_no_response_of_the_data(here: Path) -> None:
     write_params(here, generate={"train_responses": "data"})
-    main_of = prompts("heldout", 2)
+    held = prompts("heldout", 2)
     rows = [{**row, "response": "went home"} for row in prompts("train", 2)]
-    write_table(here / "data/prompts.parquet", PROMPTS, [*rows, *main_of])
+    write_table(here / "data/prompts.parquet", PROMPTS, [*rows, *held])
     main()
     assert [row["law"] for row in tables(here)["greedy"]] == ["T=0", "T=0"]
-    write_table(here / "data/prompts.parquet", PROMPTS, [*prompts("train", 2), *main_of])
+    write_table(here / "data/prompts.parquet", PROMPTS, [*prompts("train", 2), *held])
     with pytest.raises(DataError, match=r"'train-0' has no response of its own; expected one with"):
         main()
 
