@@ -114,7 +114,7 @@ def _measured(lines: list[Line]) -> list[Line]:
             expected="torch and transformers, which pass sequences through the target",
             todo="pip install lkcache[pipeline], or estimate without --dry-run",
         ) from None
-    tokens = sum(line.value for line in lines if line.what.startswith("tokens, "))
+    tokens = sum(line.value for line in lines if line.unit == "tokens")
     found = trial(Path(), num_tokens=round(tokens))
     cache = next(line for line in found if line.what == "cache")
     kept = [line for line in lines if line.what != "cache" and line.unit not in ("B/token", "h")]
@@ -130,7 +130,7 @@ def _hours(params: dict[str, Any], lines: list[Line], tflops: float) -> list[Lin
     shape = target_shape(params)
     tokens, label = next((line.value, line.label) for line in lines if line.what == "tokens, train")
     forward = next(line.value for line in lines if line.unit == "h")
-    found = [Line("generating, about as much again by a good engine", forward, "h", label)]
+    found = [_generating(params, lines, Line("", forward, "h", label))]
     costs = training(
         params, vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, tokens=int(tokens)
     )
@@ -139,6 +139,18 @@ def _hours(params: dict[str, Any], lines: list[Line], tflops: float) -> list[Lin
         found.append(Line(f"training {draft}, all its losses and seeds", hours, "h", label))
     total = forward + sum(line.value for line in found)
     return [*found, Line("all of it, evaluation apart", total, "h", label)]
+
+
+def _generating(params: dict[str, Any], lines: list[Line], forward: Line) -> Line:
+    """What a good engine takes to answer: the forward pass again, of the splits that it answers."""
+    what = "generating, about as much again by a good engine"
+    if params["generate"].get("train_responses") != "data":
+        return replace(forward, what=what)
+    named = {line.what: line.value for line in lines if line.unit == "tokens"}
+    train, *held = (named[f"tokens, {split}"] for split in ("train", "heldout", "greedy"))
+    share = sum(held) / max(train + sum(held), 1)
+    what = "generating held-out responses, the others being the data's"
+    return replace(forward, what=what, value=share * forward.value)
 
 
 def _check(params: dict[str, object]) -> None:

@@ -94,7 +94,7 @@ def _of_sequences(split: str, samples: int) -> tuple[list[Sample], str]:
 
 
 def _of_data(split: str, samples: int, file: Path, words: Any) -> tuple[list[Sample], str]:
-    """Samples of `data/`, rendered as `generate.engine: none` would."""
+    """Samples of `data/`, rendered as `generate.train_responses: data` would."""
     prompts = [r for r in read_table(DATA / "prompts.parquet", PROMPTS) if r["split"] == split]
     talks = DATA / "conversations.parquet"
     table = read_table(talks, CONVERSATIONS) if talks.is_file() else []

@@ -141,7 +141,7 @@ def _refusal(name: str, found: str, expected: str) -> DataError:
         found=f"conversation {name!r}: the target's chat template {found}",
         expected=expected,
         todo="remove such conversations from prepare.source, let the target answer "
-        "(generate.engine: transformers), or choose a target with another template",
+        "(generate.train_responses: target), or choose a target with another template",
     )
 
 
@@ -214,7 +214,7 @@ def _encoded(tokenizer: Any, text: str) -> Any:
         raise TargetError(
             found=f"the target's tokenizer is a {type(tokenizer).__name__}, which has no offsets",
             expected="a tokenizer of the tokenizers library (tokenizer.json)",
-            todo="convert it, or let the target answer (generate.engine: transformers)",
+            todo="convert it, or let the target answer (generate.train_responses: target)",
         )
     return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +39,8 @@ from storage.errors import DataError
 from storage.sequences import Row, Sequences
 from storage.workspace import digest, read_json, write_json
 
+T = TypeVar("T")
+
 TRAIN, HELDOUT = "train", "heldout"
 GREEDY = "greedy"
 """The held-out prompts again, at T = 0."""
@@ -52,23 +54,23 @@ TOO_LONG, NO_REPLY, TOO_SHORT = (
     "no reply within the limit",
     "no reply of two tokens",
 )
-DATA_LAW = "data"  # text that the target did not write: it trains, and is never replayed
+DATA_LAW = "data"  # text that is not for certain the target's: it trains, and is never replayed
 
 
 def _kind(value: Any) -> str | None:
-    if isinstance(value, str):
+    if value == "transformers":
         return "name"
     kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
     return "server" if kind == "server" else None
 
 
 Engine = Annotated[
-    Annotated[Literal["transformers", "none"], Tag("name")]
-    | Annotated[ServerConfig, Tag("server")],
+    Annotated[Literal["transformers"], Tag("name")] | Annotated[ServerConfig, Tag("server")],
     Discriminator(
         _kind,
         custom_error_type="engine",
-        custom_error_message="Input should be transformers, none, or a mapping of kind server",
+        custom_error_message="Input should be transformers or a mapping of kind server (to train "
+        "on the data's own responses: train_responses: data)",
     ),
 ]
 
@@ -77,7 +79,10 @@ class GenerateConfig(Strict):
     """Section `generate`."""
 
     engine: Engine
-    """`none`: the data's own responses."""
+    """What samples the target: here, or a server by URL."""
+    train_responses: Literal["target", "data"] = "target"
+    """Whose responses the training split has. `data`: its own; what is held out and measured is
+    sampled from the target all the same."""
     laws: Names
     """Served laws of which the held-out prompts get rollouts too, so that replay scores them."""
     turns: Literal["last", "every"] = "last"
@@ -99,17 +104,16 @@ class GenerateConfig(Strict):
 
     @model_validator(mode="after")
     def _laws_are_the_targets(self) -> Self:
-        if self.engine == "none" and self.laws:
-            raise ValueError("laws: [] where engine is none, whose text is no sample of a law")
-        if self.engine == "none" and self.turns == "every":
-            raise ValueError(
-                "turns: last where engine is none, which takes the data's replies, all"
-            )
-        if isinstance(self.engine, ServerConfig) and self.laws:
-            if self.engine.protocol == "text":
-                raise ValueError("laws: [] with protocol text, whose tokens are not for certain")
-            if any(Setting.parse(law).top_k for law in self.laws):
-                raise ValueError("laws without top_k=, which no server is asked for")
+        if not isinstance(self.engine, ServerConfig):
+            return self
+        if self.engine.protocol == "text":
+            if self.train_responses == "data":
+                raise ValueError(
+                    "engine transformers or another protocol than text, which only training "
+                    "prompts are asked by, where train_responses is data"
+                )
+        elif any(Setting.parse(law).top_k for law in self.laws):
+            raise ValueError("laws without top_k=, which no server is asked for")
         return self
 
 
@@ -314,18 +318,32 @@ def _done(path: Path, unit: Unit) -> Answer | None:
     return Answer([Response(*row) for row in answer["responses"]], answer["seconds"])
 
 
-def data_responses(
-    prompts: Mapping[str, Sequence[Prompt]],
+def data_rows(
+    rows: Iterable[Mapping[str, Any]],
     tokenizer: Any,
     *,
     config: GenerateConfig,
     eos_ids: Sequence[int],
-) -> dict[str, list[Response]]:
-    """The data's own responses by split, ended by an end-of-sequence token where that fits."""
-    return {
-        split: [_data_response(prompt, tokenizer, config, eos_ids) for prompt in some]
-        for split, some in prompts.items()
-    }
+    context_tokens: int,
+    left_out: Counter[str],
+) -> Iterable[Row]:
+    """Rows of `SEQUENCES` with the data's own responses, which a draft may train on.
+
+    A chat model's conversations whole (`conversation_rows`), else a prompt and its response.
+    """
+    limits: dict[str, Any] = {"config": config, "context_tokens": context_tokens}
+    if has_template(tokenizer):
+        return conversation_rows(rows, tokenizer, eos_ids=eos_ids, left_out=left_out, **limits)
+    prompts = encode(rows, tokenizer, left_out=left_out, **limits)
+    responses = data_responses(prompts, tokenizer, config=config, eos_ids=eos_ids)
+    return sequence_rows(prompts, responses, DATA_LAW)
+
+
+def data_responses(
+    prompts: Iterable[Prompt], tokenizer: Any, *, config: GenerateConfig, eos_ids: Sequence[int]
+) -> list[Response]:
+    """The data's own responses, ended by an end-of-sequence token where that fits."""
+    return [_data_response(prompt, tokenizer, config, eos_ids) for prompt in prompts]
 
 
 def _data_response(
@@ -402,9 +420,9 @@ def require_context(config: GenerateConfig, context_tokens: int) -> int:
 def _no_response(name: str) -> DataError:
     return DataError(
         found=f"prompt {name!r} has no response of its own",
-        expected="a response with every prompt where generate.engine is none",
+        expected="one with every training prompt where generate.train_responses is data",
         todo="give the rows of prepare.source a `response` or an assistant's reply, or set "
-        "generate.engine to transformers",
+        "generate.train_responses to target",
     )
 
 
@@ -508,13 +526,23 @@ def without_failures(
     return kept, answered, {split: sorted(ids) for split, ids in failed.items()}
 
 
+def by_engine(work: Mapping[str, T], engine: str | ServerConfig) -> list[tuple[Any, dict[str, T]]]:
+    """Engines, and what of the splits each answers.
+
+    A server of texts answers for training alone: encoded again they are not for certain the tokens
+    that were drawn, and what is held out is to be replayed.
+    """
+    if not isinstance(engine, ServerConfig) or engine.protocol != "text":
+        return [(engine, dict(work))]
+    rest = {split: some for split, some in work.items() if split != TRAIN}
+    return [(engine, {TRAIN: work[TRAIN]}), ("transformers", rest)]
+
+
 def law_of(split: str, engine: str | ServerConfig) -> str:
     """The law of which a split's responses are samples, as the target's own ids."""
-    if isinstance(engine, ServerConfig):
-        if engine.protocol == "text":
-            return DATA_LAW  # encoded again: not for certain the tokens that were drawn
-        return engine.law if split == TRAIN else LAWS.get(split, split)
-    return DATA_LAW if engine == "none" else LAWS.get(split, split)
+    if split == TRAIN and isinstance(engine, ServerConfig):
+        return DATA_LAW if engine.protocol == "text" else engine.law
+    return LAWS.get(split, split)
 
 
 def sequence_rows(

@@ -200,8 +200,9 @@ def read_results(root: Path, arms: Sequence[Arm]) -> Results:
     if REPLAY not in results.prompts:
         raise ResultError(
             found="no arm was replayed",
-            expected="rollouts of the target's own, which replay scores and engine: none lacks",
-            todo="set generate.engine: transformers and run dvc repro",
+            expected="rollouts of the target's own, which replay scores: of T=0, T=1 or a law of "
+            "generate.laws",
+            todo="name one of these in evaluate.laws and run dvc repro",
         )
     for instrument, prompts in results.prompts.items():
         known = set(prompts)

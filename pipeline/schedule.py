@@ -85,8 +85,7 @@ def require_law(path: Path, cache: Cache, *, law: str) -> None:
             found=f"{path} holds sequences of {found}",
             expected=f"the pinned target's own samples at {law}, since replay is exact for no "
             "other text",
-            todo="set generate.engine: transformers and run dvc repro, or take the law "
-            "out of evaluate.laws",
+            todo="run dvc repro generate, and then capture, or take the law out of evaluate.laws",
         )
     if not cache.num_sequences:
         raise ResultError(

@@ -46,7 +46,8 @@ class ServerConfig(Strict):
     url: Annotated[str, Field(pattern=r"^https?://[^\s/]+")]
     """The server's root, as http://127.0.0.1:8000; a trailing /v1 is understood."""
     protocol: Literal["vllm", "sglang", "text"]
-    """`text` for any server of /v1/completions; its responses train and are never replayed."""
+    """`text` for any server of /v1/completions: it answers the training prompts alone, and what is
+    held out, to be replayed, is sampled by transformers."""
     model: str | None
     """The name under which the server has the target; null where it serves one model."""
     temperature: Annotated[float, Field(ge=0)]

@@ -6,7 +6,6 @@ that a bad parameter stops the run here and a good change invalidates nothing th
 `code/<stage>.json`, which changes when a file that the stage imports does.
 """
 
-import sys
 from pathlib import Path
 
 from pipeline.check import check_params
@@ -22,13 +21,6 @@ def main() -> None:
     """Validate all sections and their joint needs; no model is loaded."""
     params = read_params()
     check_params(params)
-    if params["generate"]["engine"] == "none":
-        print(
-            "check: generate.engine is none: drafts are trained on the data's own responses, but "
-            "`dvc repro` will stop at evaluate, since they are no samples of the target to replay; "
-            "`dvc repro train` ends before it.",
-            file=sys.stderr,
-        )
     code = {stage: digests(files) for stage, files in closures().items()}
     with Workspace("check", digest(code), outs=[OUT]) as workspace:
         folder = workspace.path(OUT)

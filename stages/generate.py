@@ -3,8 +3,9 @@
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from pipeline.generate import (
     GenerateConfig,
     Job,
     answer,
-    conversation_rows,
+    by_engine,
     count,
-    data_responses,
+    data_rows,
     encode,
     file_of,
     law_of,
@@ -60,6 +61,17 @@ SERVED = "generate-server"  # what servers answered, under scratch
 METRICS, TIMINGS = Path("metrics/generate.json"), Path("timings/generate.json")
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What answering takes beside the prompts."""
+
+    config: GenerateConfig
+    spec: TargetSpec
+    tokenizer: Any
+    scratch: Path
+    """Of the batches that are done."""
+
+
 def main() -> None:
     """Encode the prompts, answer them, write one table a split."""
     config: GenerateConfig = load("generate", GenerateConfig)
@@ -77,20 +89,19 @@ def main() -> None:
         tokenizer = load_tokenizer(home_of(spec, TARGET), trust_remote_code=spec.trust_remote_code)
         left_out: dict[str, Counter[str]] = {split: Counter() for split in chosen}
         shared: dict[str, Any] = {"config": config, "context_tokens": spec.context_tokens}
-        started = time.perf_counter()
-        told: dict[str, Any] = {}
-        tables: dict[str, Iterable[Row]]
+        scratch = workspace.path(OUT).parent / "batches"
+        work = _Work(config, spec, tokenizer, scratch)
+        tables: dict[str, Iterable[Row]] = {}
         turns: dict[str, Any] = {}
-        if config.engine == "none" and has_template(tokenizer):
-            tables = {
-                split: conversation_rows(
-                    some, tokenizer, eos_ids=spec.eos_ids, left_out=left_out[split], **shared
-                )
-                for split, some in chosen.items()
-            }
-            tables |= dict.fromkeys([GREEDY, *config.laws], tables[HELDOUT])
-            worked_s = time.perf_counter() - started
-        elif config.turns == "every":
+        if config.train_responses == "data":
+            tables[TRAIN] = data_rows(
+                chosen.pop(TRAIN),
+                tokenizer,
+                eos_ids=spec.eos_ids,
+                left_out=left_out[TRAIN],
+                **shared,
+            )
+        if config.turns == "every":
             if has_template(tokenizer):
                 require_context(config, spec.context_tokens)
             else:
@@ -104,9 +115,8 @@ def main() -> None:
             }
             talks |= dict.fromkeys([GREEDY, *config.laws], talks[HELDOUT])
             started = time.perf_counter()
-            scratch = workspace.path(OUT).parent / "batches"
-            said, worked_s, told = _speak(talks, config, spec, tokenizer, scratch)
-            tables, turns = _of_turns(said, config)
+            said, worked_s, told = _speak(talks, work)
+            answered, turns = _of_turns(said, config)
         else:
             prompts = {
                 split: encode(some, tokenizer, left_out=left_out[split], **shared)
@@ -114,18 +124,8 @@ def main() -> None:
             }
             prompts |= dict.fromkeys([GREEDY, *config.laws], prompts[HELDOUT])
             started = time.perf_counter()
-            if isinstance(config.engine, ServerConfig):
-                prompts, responses, worked_s, told = _serve(prompts, config, spec, tokenizer)
-            elif config.engine == "none":
-                responses = data_responses(prompts, tokenizer, config=config, eos_ids=spec.eos_ids)
-                worked_s = time.perf_counter() - started
-            else:
-                scratch = workspace.path(OUT).parent / "batches"
-                responses, worked_s = _sample(prompts, config, spec, scratch)
-            tables = {
-                split: sequence_rows(some, responses[split], law_of(split, config.engine))
-                for split, some in prompts.items()
-            }
+            answered, worked_s, told = _answer(prompts, work)
+        tables |= answered
         wall_s = time.perf_counter() - started
         files = {split: workspace.path(OUT) / file_of(split) for split in tables}
         for split, path in files.items():
@@ -135,7 +135,8 @@ def main() -> None:
         for split, of_split in turns.items():
             metrics[split]["turns"] = of_split
         write_json(workspace.path(METRICS), metrics | told)
-        timings = times(metrics, wall_s=wall_s, worked_s=worked_s)
+        drawn = {split: of_split for split, of_split in metrics.items() if split in answered}
+        timings = times(drawn, wall_s=wall_s, worked_s=worked_s)
         write_json(workspace.path(TIMINGS), timings)
         workspace.publish()
 
@@ -151,34 +152,34 @@ def _with_left_out(metrics: dict[str, Any], left_out: dict[str, Counter[str]]) -
 
 
 def _speak(
-    talks: dict[str, list[Talk]],
-    config: GenerateConfig,
-    spec: TargetSpec,
-    tokenizer: Any,
-    scratch: Path,
+    talks: dict[str, list[Talk]], work: _Work
 ) -> tuple[dict[str, list[Said]], float, dict[str, Any]]:
     """Let the engine answer every user turn; what it took, and what a server is known by."""
-    settings: dict[str, Any] = {
-        "tokenizer": tokenizer,
-        "eos_ids": spec.eos_ids,
-        "max_prompt_tokens": config.max_prompt_tokens,
-    }
-    if isinstance(config.engine, ServerConfig):
-        with _asking(config, spec, tokenizer) as (reply, tally):
-            said = converse(talks, reply, **settings)
-        told = {"failed": failures(said, alone=TRAIN), "drifted": tally.drifted}
-        return said, tally.seconds, {"server": told}
-    seconds: list[float] = []
-    with _sampling(config, spec, scratch, seconds) as reply:
-        said = converse(talks, reply, **settings)
-    return said, sum(seconds), {}
+    said: dict[str, list[Said]] = {}
+    seconds, told = 0.0, {}
+    for engine, some in by_engine(talks, work.config.engine):
+        with _answering(engine, work) as (reply, tally):
+            said |= converse(
+                some,
+                reply,
+                tokenizer=work.tokenizer,
+                eos_ids=work.spec.eos_ids,
+                max_prompt_tokens=work.config.max_prompt_tokens,
+            )
+        seconds += tally.seconds
+        if isinstance(engine, ServerConfig):
+            mine = {split: said[split] for split in some}
+            told = {"failed": failures(mine, alone=TRAIN), "drifted": tally.drifted}
+    return said, seconds, {"server": told} if told else {}
 
 
 def _of_turns(
     said: dict[str, list[Said]], config: GenerateConfig
 ) -> tuple[dict[str, Iterable[Row]], dict[str, Any]]:
     """Tables and counts by split: training as chains, held out a turn a row."""
-    tables: dict[str, Iterable[Row]] = {TRAIN: chains(said[TRAIN], law_of(TRAIN, config.engine))}
+    tables: dict[str, Iterable[Row]] = {}
+    if TRAIN in said:
+        tables[TRAIN] = chains(said[TRAIN], law_of(TRAIN, config.engine))
     prompts, responses, lost = paired({s: some for s, some in said.items() if s != TRAIN})
     tables |= {
         split: sequence_rows(some, responses[split], law_of(split, config.engine))
@@ -191,27 +192,41 @@ def _of_turns(
     return tables, found
 
 
-def _serve(
-    prompts: dict[str, list[Prompt]], config: GenerateConfig, spec: TargetSpec, tokenizer: Any
-) -> tuple[dict[str, list[Prompt]], dict[str, list[Response]], float, dict[str, Any]]:
-    """Ask the server once for every prompt."""
-    with _asking(config, spec, tokenizer) as (reply, tally):
-        responses = reply(0, prompts)
-    kept, answered, failed = without_failures(prompts, responses)
-    told = {"failed": failed, "drifted": tally.drifted}
-    return kept, answered, tally.seconds, {"server": told}
+def _answer(
+    prompts: dict[str, list[Prompt]], work: _Work
+) -> tuple[dict[str, Iterable[Row]], float, dict[str, Any]]:
+    """Let the engine answer every prompt once; what it took, and what a server is known by."""
+    tables: dict[str, Iterable[Row]] = {}
+    seconds, told = 0.0, {}
+    for engine, some in by_engine(prompts, work.config.engine):
+        with _answering(engine, work) as (reply, tally):
+            responses = reply(0, some)
+        kept, answered, failed = without_failures(some, responses)
+        tables |= {
+            split: sequence_rows(kept[split], answered[split], law_of(split, work.config.engine))
+            for split in kept
+        }
+        seconds += tally.seconds
+        if isinstance(engine, ServerConfig):
+            told = {"failed": failed, "drifted": tally.drifted}
+    return tables, seconds, {"server": told} if told else {}
 
 
 @contextmanager
-def _asking(
-    config: GenerateConfig, spec: TargetSpec, tokenizer: Any
-) -> Iterator[tuple[Reply, Tally]]:
+def _answering(engine: str | ServerConfig, work: _Work) -> Iterator[tuple[Reply, Tally]]:
+    with _asking(work) if isinstance(engine, ServerConfig) else _sampling(work) as found:
+        yield found
+
+
+@contextmanager
+def _asking(work: _Work) -> Iterator[tuple[Reply, Tally]]:
     """Ask the server; answers outlive this run's fingerprint, so that new prompts cost alone."""
+    config, spec = work.config, work.spec
     assert isinstance(config.engine, ServerConfig)
     # the law and the seed are in each answer's key; where the server stands changes nothing
     identity = digest({"target": spec.fingerprint, "protocol": config.engine.protocol})
     longest = spec.context_tokens if spec.longrope else None
-    reader = Reader(tokenizer, spec.vocab_size, spec.eos_ids, longest)
+    reader = Reader(work.tokenizer, spec.vocab_size, spec.eos_ids, longest)
     folder = scratch_root(Path()) / SERVED / identity[:16]
     tally = Tally()
     with Journal(folder, lock=Path(SCRATCH) / f"{SERVED}.lock") as journal:
@@ -224,39 +239,30 @@ def _asking(
         yield reply, tally
 
 
-def _sample(
-    prompts: dict[str, list[Prompt]], config: GenerateConfig, spec: TargetSpec, scratch: Path
-) -> tuple[dict[str, list[Response]], float]:
-    seconds: list[float] = []
-    with _sampling(config, spec, scratch, seconds) as reply:
-        responses = reply(0, prompts)
-    return responses, sum(seconds)
-
-
 @contextmanager
-def _sampling(
-    config: GenerateConfig, spec: TargetSpec, scratch: Path, seconds: list[float]
-) -> Iterator[Callable[[int, Mapping[str, Sequence[Prompt]]], dict[str, list[Response]]]]:
-    """Sample in the workers of `cluster`; `seconds` gets what each turn took of them."""
+def _sampling(work: _Work) -> Iterator[tuple[Reply, Tally]]:
+    """Sample in the workers of `cluster`."""
+    config, spec = work.config, work.spec
     cluster: ClusterConfig = load("cluster", ClusterConfig)
     job = Job(
         folder=TARGET.absolute(),
         fingerprint=spec.fingerprint,
         device=device(cluster),
-        scratch=scratch.absolute(),
+        scratch=work.scratch.absolute(),
         max_new_tokens=config.max_new_tokens,
         seed=config.seed,
         device_map=device_map(cluster, shards=spec.tensor_parallel),
     )
+    tally = Tally()
     with open_cluster(cluster, threads=config.threads, shards=spec.tensor_parallel) as workers:
 
         def reply(turn: int, prompts: Mapping[str, Sequence[Prompt]]) -> dict[str, list[Response]]:
             size = config.batch_sequences
             found, took = answer(prompts, job=job, batch_sequences=size, cluster=workers, turn=turn)
-            seconds.append(took)
+            tally.seconds += took
             return found
 
-        yield reply
+        yield reply, tally
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ PROMPTS = pa.schema(
         ("domain", pa.string()),
         ("split", pa.string()),
         ("text", pa.string()),
-        ("response", pa.string()),  # the data's own, for `generate.engine: none`; null otherwise
+        ("response", pa.string()),  # the data's own, where it has one (generate.train_responses)
     ]
 )
 CONVERSATIONS = pa.schema(

@@ -312,6 +312,25 @@ def test_estimate_shows_every_mode_and_what_would_save(
         estimate()
 
 
+def test_estimate_generates_held_out_responses_alone_where_the_data_trains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    hours = {}
+    for whose in ("target", "data"):
+        changed = text.replace("generate:\n", f"generate:\n  train_responses: {whose}\n")
+        Path("params.yaml").write_text(changed, encoding="utf-8")
+        monkeypatch.setattr("lkcache.estimate.duration", str)  # in full
+        assert estimate() == 0
+        (line,) = [x for x in capsys.readouterr().out.splitlines() if "generating" in x]
+        assert ("held-out responses" in line) == (whose == "data")
+        hours[whose] = float(line.split("│")[2])
+    # 256 prompts at T = 1 and at T = 0, beside 1,792 that train
+    assert hours["data"] / hours["target"] == pytest.approx(512 / 2304, rel=1e-6)
+
+
 def test_every_verb_has_a_summary_and_a_text() -> None:
     from importlib import import_module
 

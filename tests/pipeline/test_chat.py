@@ -256,7 +256,7 @@ def test_a_full_mask_and_a_reply_to_nothing_are_refused(words: Any) -> None:
 
 
 def test_the_refusal_says_what_to_do(words: Any) -> None:
-    with pytest.raises(DataError, match=r"remove such conversations .*\(generate\.engine: transf"):
+    with pytest.raises(DataError, match=r"remove such conversations .*\(generate\.train_respo"):
         spoken(words, COUNTING, TALK)
 
 

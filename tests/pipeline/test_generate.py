@@ -218,34 +218,31 @@ def test_an_empty_split_is_named() -> None:
         split_of([row("a")], "heldout")
 
 
-def test_the_data_answers_where_no_engine_does() -> None:
+def test_the_data_answers_in_place_of_the_target() -> None:
     prompts = [
         Prompt("a", "d", (1,), response="xy"),
         Prompt("b", "d", (1,), response="0123456789abc"),
     ]
-    found = data_responses({"train": prompts}, Words(), config=CONFIG, eos_ids=[7])["train"]
+    found = data_responses(prompts, Words(), config=CONFIG, eos_ids=[7])
     assert [response.finished for response in found] == [True, False]
     assert list(found[0].tokens) == [ord("x"), ord("y"), 7]
     assert list(found[1].tokens) == list(map(ord, "0123456789ab"))
 
 
 def test_data_without_a_response_is_named() -> None:
-    with pytest.raises(DataError, match=r"prompt 'a' has no response of its own; .*engine is none"):
-        data_responses({"train": [Prompt("a", "d", (1,))]}, Words(), config=CONFIG, eos_ids=[7])
+    sentence = r"prompt 'a' has no response of its own; .*train_responses is data"
+    with pytest.raises(DataError, match=sentence):
+        data_responses([Prompt("a", "d", (1,))], Words(), config=CONFIG, eos_ids=[7])
 
 
 def test_rows_and_counts_say_what_was_written(tmp_path: Path) -> None:
     prompts = [Prompt("a", "d", (1, 2)), Prompt("b", "e", (1,))]
     found = data_responses(
-        {
-            "train": [
-                Prompt(p.id, p.domain, p.tokens, "xyz"[: 2 + i]) for i, p in enumerate(prompts)
-            ]
-        },
+        [Prompt(p.id, p.domain, p.tokens, "xyz"[: 2 + i]) for i, p in enumerate(prompts)],
         Words(),
         config=CONFIG,
         eos_ids=[7],
-    )["train"]
+    )
     rows = list(sequence_rows(prompts, found, "data"))
     assert rows[0]["turn"].tolist() == [-1, -1, 0, 0, 0]
     assert rows[0]["law"] == "data"

@@ -12,7 +12,15 @@ import pytest
 from pydantic import ValidationError
 
 import pipeline.server
-from pipeline.generate import GREEDY, HELDOUT, TRAIN, GenerateConfig, law_of, without_failures
+from pipeline.generate import (
+    GREEDY,
+    HELDOUT,
+    TRAIN,
+    GenerateConfig,
+    by_engine,
+    law_of,
+    without_failures,
+)
 from pipeline.sampling import Prompt, Response, compact
 from pipeline.server import Ask, Journal, Reader, ServerConfig, Tally, ask
 from storage.errors import DataError, TargetError, WorkspaceError
@@ -379,7 +387,19 @@ def test_a_law_is_named_by_what_was_asked_for() -> None:
     assert law_of(TRAIN, config("http://a", temperature=0.7, top_p=0.95)) == "T=0.7,top_p=0.95"
     assert law_of(HELDOUT, config("http://a", temperature=0.7)) == "T=1"
     assert law_of(GREEDY, config("http://a")) == "T=0"
-    assert law_of(HELDOUT, config("http://a", protocol="text")) == "data"
+    assert law_of(TRAIN, config("http://a", protocol="text")) == "data"
+    assert law_of(HELDOUT, config("http://a", protocol="text")) == "T=1"
+
+
+def test_a_server_of_texts_is_asked_for_training_alone() -> None:
+    texts, ids = config("http://a", protocol="text"), config("http://a")
+    work = {TRAIN: [1], HELDOUT: [2], GREEDY: [3]}
+    assert by_engine(work, texts) == [
+        (texts, {TRAIN: [1]}),
+        ("transformers", {HELDOUT: [2], GREEDY: [3]}),
+    ]
+    held = {HELDOUT: [2], GREEDY: [3]}
+    assert by_engine(held, ids) == [(ids, held)]
 
 
 def test_a_heldout_prompt_stays_only_with_all_its_responses() -> None:
@@ -405,5 +425,5 @@ def test_a_bad_server_is_refused_in_check(values: dict[str, Any]) -> None:
 
 def test_an_engine_is_a_name_or_a_server() -> None:
     rest = {"max_prompt_tokens": 1, "max_new_tokens": 1, "batch_sequences": 1, "seed": 0}
-    with pytest.raises(ValidationError, match="transformers, none, or a mapping of kind server"):
+    with pytest.raises(ValidationError, match="be transformers or a mapping of kind server"):
         GenerateConfig(engine={"kind": "cloud"}, threads=1, **rest)

@@ -61,6 +61,8 @@ def broken(path: str, value: Any) -> dict[str, Any]:
             r"capture is not consistent; expected null for top_p, which mode topk",
         ),
         ("capture.keep", "best", r"capture\.keep is 'best'; expected .*threshold"),
+        ("generate.engine", "none", r"generate\.engine is 'none'; .* train_responses: data\)"),
+        ("generate.train_responses", "mine", r"'mine'; expected input should be 'target' or 'data"),
         ("generate.max_new_tokens", 500, r"sequences of 564 tokens; .*context_tokens, 512"),
         (
             "generate.laws",
@@ -123,19 +125,6 @@ def test_what_only_the_draft_can_say_is_checked_before_anything_runs() -> None:
     params["exports"]["eagle3-kl-0"] = {**arm, "format": "sglang"}
     with pytest.raises(ConfigError, match="an eagle3 draft with norm_output for the format sglang"):
         check_params(params)
-
-
-def test_responses_of_the_data_end_before_evaluate_and_that_is_said_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = Path("params.yaml").read_text(encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    Path("params.yaml").write_text(source, encoding="utf-8")
-    check.main()
-    assert capsys.readouterr().err == ""
-    Path("params.yaml").write_text(source.replace("engine: transformers", "engine: none"))
-    check.main()
-    assert "`dvc repro` will stop at evaluate" in capsys.readouterr().err
 
 
 def test_a_refusal_leaves_the_out_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

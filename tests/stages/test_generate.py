@@ -86,16 +86,50 @@ def test_a_pre_empted_run_goes_on_where_it_was(here: Path, monkeypatch: pytest.M
     assert tree_digest(here / "sequences") == whole
 
 
-def test_the_data_answers_without_an_engine(here: Path) -> None:
-    write_params(here, generate={"engine": "none"})
+def test_the_data_trains_and_the_target_answers_what_is_held_out(here: Path) -> None:
     rows = [{**row, "response": "the cat went home"} for row in prompts("train", 3)]
     rows += [{**row, "response": "seven apples"} for row in prompts("heldout", 2)]
     write_table(here / "data/prompts.parquet", PROMPTS, rows)
+    law = "T=0.7,top_p=0.9"
+    write_params(here, generate={"laws": [law]})
     main()
-    rows = read_table(here / "sequences/greedy.parquet", SEQUENCES)
-    assert [row["law"] for row in rows] == ["data", "data"]
-    text = tokenizer().decode(rows[0]["tokens"][rows[0]["turn"].index(0) :])
-    assert text == "seven apples<|end|>"
+    own = tables(here, law)
+    write_params(here, generate={"train_responses": "data", "laws": [law]})
+    main()
+    found = tables(here, law)
+    assert [row["law"] for row in found["train"]] == ["data"] * 3
+    for row, prompt in zip(found["train"], prompts("train", 3), strict=True):
+        start = row["turn"].index(0)
+        assert row["tokens"][:start] == tokenizer()(prompt["text"])["input_ids"][-12:]
+        reply = tokenizer()("the cat went home<|end|>")["input_ids"]
+        assert row["tokens"][start:] == reply[:10]
+        assert row["finished"] == (len(reply) <= 10)
+    # what is held out is the target's, as if it had answered every prompt
+    assert own.pop("train") != found.pop("train")
+    assert own == found
+    assert {row["law"] for row in found[law]} == {law}
+    metrics = json.loads((here / "metrics/generate.json").read_text())
+    drawn = sum(metrics[split]["response_tokens"] for split in ("heldout", "greedy", law))
+    times = json.loads((here / "timings/generate.json").read_text())
+    assert times["tokens_per_s"] == pytest.approx(drawn / times["worker_seconds"], rel=0.02)
+
+
+def tables(folder: Path, *laws: str) -> dict[str, list[dict[str, Any]]]:
+    names = {split: split for split in ("train", "heldout", "greedy")}
+    names |= {law: f"served/{law}" for law in laws}
+    return {s: read_table(folder / f"sequences/{n}.parquet", SEQUENCES) for s, n in names.items()}
+
+
+def test_held_out_prompts_need_no_response_of_the_data(here: Path) -> None:
+    write_params(here, generate={"train_responses": "data"})
+    held = prompts("heldout", 2)
+    rows = [{**row, "response": "went home"} for row in prompts("train", 2)]
+    write_table(here / "data/prompts.parquet", PROMPTS, [*rows, *held])
+    main()
+    assert [row["law"] for row in tables(here)["greedy"]] == ["T=0", "T=0"]
+    write_table(here / "data/prompts.parquet", PROMPTS, [*prompts("train", 2), *held])
+    with pytest.raises(DataError, match=r"'train-0' has no response of its own; expected one with"):
+        main()
 
 
 CHAT = (
@@ -137,7 +171,7 @@ LONG = [{"role": "user", "content": "seven red apples " * 60}, TALK[1]]
 
 def test_every_reply_of_the_data_is_a_turn(chat: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = {"max_prompt_tokens": 30, "max_new_tokens": 60}
-    write_params(chat, generate={"engine": "none", **sizes})
+    write_params(chat, generate={"train_responses": "data", **sizes})
     main()
     rows = read_table(chat / "sequences/train.parquet", SEQUENCES)
     assert [row["id"] for row in rows] == ["train-0", "train-1"]
@@ -152,16 +186,21 @@ def test_every_reply_of_the_data_is_a_turn(chat: Path, capsys: pytest.CaptureFix
     metrics = json.loads((chat / "metrics/generate.json").read_text())
     assert metrics["train"]["left_out"] == {"no reply within the limit": 1}
     assert "train goes without 1 with no reply within the limit" in capsys.readouterr().err
-    write_params(chat, generate={"engine": "none", "max_prompt_tokens": 12, "max_new_tokens": 10})
+    short = {"max_prompt_tokens": 20, "max_new_tokens": 2}  # the other held-out prompt is longer
+    write_params(chat, generate={"train_responses": "data", **short})
     main()
     (cut, *_) = read_table(chat / "sequences/train.parquet", SEQUENCES)
     assert (len(cut["tokens"]), cut["finished"]) == (22, False)
     assert cut["tokens"] == rows[0]["tokens"][:22]
 
 
-def test_the_target_answers_the_last_user_turn(chat: Path) -> None:
-    write_params(chat, generate={"max_prompt_tokens": 80})
+@pytest.mark.parametrize("whose", ["target", "data"])
+def test_the_target_answers_the_last_user_turn(chat: Path, whose: str) -> None:
+    write_params(chat, generate={"max_prompt_tokens": 80, "train_responses": whose})
     main()
+    laws = {split: {row["law"] for row in rows} for split, rows in tables(chat).items()}
+    train = "data" if whose == "data" else "T=1"
+    assert laws == {"train": {train}, "heldout": {"T=1"}, "greedy": {"T=0"}}
     rows = read_table(chat / "sequences/heldout.parquet", SEQUENCES)
     assert [row["id"] for row in rows] == ["heldout-0", "heldout-1"]
     start = rows[0]["turn"].index(0)
@@ -174,14 +213,14 @@ def test_the_target_answers_the_last_user_turn(chat: Path) -> None:
 
 def test_conversations_that_cannot_be_told_are_refused(chat: Path) -> None:
     sizes = {"max_prompt_tokens": 2, "max_new_tokens": 2}
-    write_params(chat, generate={"engine": "none", **sizes})
+    write_params(chat, generate={"train_responses": "data", **sizes})
     with pytest.raises(DataError, match="no conversation of a split has a reply within 4 tokens"):
         main()
-    write_params(chat, generate={"engine": "none", "max_new_tokens": 250})
+    write_params(chat, generate={"train_responses": "data", "max_new_tokens": 250})
     with pytest.raises(DataError, match=r"conversations of up to 262 tokens; .*context of 256 tok"):
         main()
     (chat / "data/conversations.parquet").unlink()
-    write_params(chat, generate={"engine": "none"})
+    write_params(chat, generate={"train_responses": "data"})
     with pytest.raises(DataError, match="prompt 'train-0' has no response of its own; expected"):
         main()
 
@@ -196,6 +235,9 @@ def test_bad_inputs_cost_nothing(here: Path) -> None:
         main()
     write_params(here, generate={"engine": "vllm"})
     with pytest.raises(ConfigError, match=r"generate.engine is 'vllm'; expected"):
+        main()
+    write_params(here, generate={"engine": "none"})
+    with pytest.raises(ConfigError, match=r"'none'; expected .*responses: train_responses: data\)"):
         main()
     write_params(here)
     write_table(here / "data/prompts.parquet", PROMPTS, prompts("train", 3))

@@ -19,7 +19,7 @@ from pipeline.seeds import uniforms
 from pipeline.target import Target, load_target
 from stages.generate import main
 from storage.errors import ConfigError, TargetError
-from storage.tables import SEQUENCES, read_table
+from storage.tables import PROMPTS, SEQUENCES, read_table, write_table
 from storage.workspace import tree_digest
 from tests.pipeline.test_server import Fake
 from tests.targets import copy_project, tokenizer, write_params, write_project
@@ -166,28 +166,56 @@ def _wait(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
     raise AssertionError(log.read_text())
 
 
-def test_transformers_serve_answers_and_its_texts_train_but_never_replay(
+def test_transformers_serve_answers_and_its_texts_train_while_what_is_held_out_is_sampled(
     here: Path, served: str, project: Path
 ) -> None:
     main()
-    own, text = tables(here)["greedy"], tokenizer()
+    own, text = tables(here), tokenizer()
     model = str(project / "target")
     engine = {**SERVER, "url": served, "protocol": "text", "model": model}
-    write_params(here, generate={"engine": engine})
+    write_params(here, generate={"engine": {**engine, "temperature": 0.0}})
     main()
     found = tables(here)
-    assert {row["law"] for rows in found.values() for row in rows} == {"data"}
-    assert [row["id"] for row in found["greedy"]] == [row["id"] for row in own]
-    for row, mine in zip(found["greedy"], own, strict=True):
+    assert {row["law"] for row in found["train"]} == {"data"}
+    assert (found["heldout"], found["greedy"]) == (own["heldout"], own["greedy"])
+    # a prompt of both splits has the same greedy reply, by the server as text
+    greedy = {_prompt(row): row for row in own["greedy"]}
+    both = [(row, greedy[_prompt(row)]) for row in found["train"] if _prompt(row) in greedy]
+    assert both
+    for row, mine in both:
         start = row["turn"].index(0)
-        assert row["tokens"][:start] == mine["tokens"][:start]
         a, b = (text.decode(r["tokens"][start:], skip_special_tokens=True) for r in (row, mine))
         # what was drawn may be another split into tokens, and cut by the limit it is shorter
         assert b.startswith(a) or a == b
     told = json.loads((here / "metrics/generate.json").read_text())["server"]
-    assert told["failed"] == {split: [] for split in SPLITS}
+    assert told["failed"] == {"train": []}
     # a random target writes bytes that are no text: the drift is seen
     assert told["drifted"] > 0
+
+
+def _prompt(row: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(row["tokens"][: row["turn"].index(0)])
+
+
+def test_the_data_trains_and_a_server_answers_what_is_held_out(here: Path, fake: Fake) -> None:
+    rows = read_table(here / "data/prompts.parquet", PROMPTS)
+    rows = [{**row, "response": "went home"} for row in rows]
+    write_table(here / "data/prompts.parquet", PROMPTS, rows)
+    engine = {**SERVER, "url": fake.url}
+    write_params(here, generate={"engine": engine})
+    main()
+    own, asked = tables(here), len(fake.bodies)
+    for answers in here.glob(".scratch/generate-server/*/answers.jsonl"):
+        answers.unlink()
+    write_params(here, generate={"engine": engine, "train_responses": "data"})
+    main()
+    found = tables(here)
+    assert {row["law"] for row in found["train"]} == {"data"}
+    assert (found["heldout"], found["greedy"]) == (own["heldout"], own["greedy"])
+    # 6 held-out prompts at T = 1 and T = 0, and no training prompt
+    assert len(fake.bodies) == asked + 12
+    told = json.loads((here / "metrics/generate.json").read_text())["server"]
+    assert told["failed"] == {"heldout": [], "greedy": []}
 
 
 def test_a_server_answers_under_further_laws(here: Path, fake: Fake) -> None:
@@ -203,15 +231,20 @@ def test_a_server_answers_under_further_laws(here: Path, fake: Fake) -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "law", "sentence"),
+    ("engine", "section", "sentence"),
     [
-        (SERVER, "T=1,top_k=9", "expected laws without top_k=, which no server is asked for"),
-        ({**SERVER, "protocol": "text"}, "T=0.7", r"expected laws: \[\] with protocol text, whose"),
+        ({}, {"laws": ["T=1,top_k=9"]}, "expected laws without top_k=, which no server is asked"),
+        (
+            {"protocol": "text"},
+            {"train_responses": "data"},
+            "expected engine transformers or another protocol than text, which only training pr",
+        ),
     ],
 )
-def test_laws_that_a_server_cannot_give_are_refused(
-    here: Path, engine: dict[str, Any], law: str, sentence: str
+def test_what_a_server_cannot_give_is_refused(
+    here: Path, engine: dict[str, Any], section: dict[str, Any], sentence: str
 ) -> None:
-    write_params(here, generate={"engine": {**engine, "url": "http://127.0.0.1:9"}, "laws": [law]})
+    engine = {**SERVER, "url": "http://127.0.0.1:9", **engine}
+    write_params(here, generate={"engine": engine, **section})
     with pytest.raises(ConfigError, match=sentence):
         main()

@@ -226,6 +226,22 @@ def test_a_server_answers_every_turn_and_is_asked_once(here: Path, fake: Fake) -
     assert (tree_digest(here / "sequences"), len(fake.bodies)) == (before, asked)
 
 
+def test_the_data_trains_and_held_out_talks_go_on_with_the_targets_replies(here: Path) -> None:
+    main()
+    own, metrics = tables(here), told(here)
+    write_params(here, generate={"turns": "every", "train_responses": "data", **LIMITS})
+    main()
+    found = tables(here)
+    assert {row["law"] for row in found["train"]} == {"data"}
+    assert [max(row["turn"]) + 1 for row in found["train"]] == [
+        len(said) // 2 for said in messages(here, "train").values()
+    ]
+    for split in ("heldout", "greedy"):
+        assert found[split] == own[split]
+        assert told(here)[split] == metrics[split]
+    assert "turns" not in told(here)["train"]
+
+
 def test_a_server_of_texts_answers_every_turn_and_its_replies_only_train(
     here: Path, fake: Fake
 ) -> None:
@@ -241,11 +257,26 @@ def test_a_server_of_texts_answers_every_turn_and_its_replies_only_train(
         return status, {"choices": [{"text": text, "finish_reason": reason}], "usage": usage}
 
     fake.reply = texts
-    engine = {**SERVER, "url": fake.url, "protocol": "text"}
-    write_params(here, generate={"turns": "every", **LIMITS, "engine": engine})
+    law = here / "sequences/served/T=0.7,top_k=9.parquet"  # not asked of a server
+    section = {"turns": "every", **LIMITS, "laws": [law.stem]}
+    write_params(here, generate=section)
+    main()
+    own, own_law = tables(here), read_table(law, SEQUENCES)
+    write_params(
+        here, generate={**section, "engine": {**SERVER, "url": fake.url, "protocol": "text"}}
+    )
     main()
     found = tables(here)
-    assert {row["law"] for rows in found.values() for row in rows} == {"data"}
+    assert read_table(law, SEQUENCES) == own_law
+    # one request a turn of training
+    assert len(fake.bodies) == told(here)["train"]["turns"]["turns"]
+    assert {row["law"] for row in found["train"]} == {"data"}
+    assert {split: found[split] == own[split] for split in SPLITS} == {
+        "train": False,
+        "heldout": True,
+        "greedy": True,
+    }
+    assert told(here)["server"]["failed"] == {"train": []}
     assert told(here)["train"]["turns"]["turns"] > 12
     # encoded again a reply is in the tokens that the next turn reads
     assert told(here)["train"]["turns"]["retokenised"] == 0
@@ -292,9 +323,6 @@ def test_what_cannot_be_carried_on_is_refused_before_a_model_loads(
     monkeypatch.setattr("pipeline.generate.resident_target", load)
     write_params(here, generate={"turns": "every", **LIMITS, "max_new_tokens": 250})
     with pytest.raises(DataError, match=r"conversations of up to 370 tokens; .* context of 256"):
-        main()
-    write_params(here, generate={"turns": "every", "engine": "none"})
-    with pytest.raises(ConfigError, match="expected turns: last where engine is none, which takes"):
         main()
     write_params(here, generate={"turns": "all"})
     with pytest.raises(ConfigError, match=r"generate.turns is 'all'; expected input should be 'la"):

@@ -114,15 +114,6 @@ def test_laws_that_are_none_or_there_already_are_refused(
         generate.main()
 
 
-def test_text_of_the_data_is_no_sample_of_a_law(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_params(tmp_path, generate={"laws": ["T=0.5"], "engine": "none"})
-    with pytest.raises(ConfigError, match=r"expected laws: \[\] where engine is none, whose text"):
-        generate.main()
-
-
 def test_a_token_outside_the_support_counts_as_its_last() -> None:
     from pipeline.serve import Serving, serve_logits, token_logp
 
