@@ -41,6 +41,7 @@ from pipeline.hosts import (
     settings,
     signals_blocked,
 )
+from pipeline.memory import is_memory_error, told
 from storage.errors import ConfigError, LkcacheError, WorkspaceError
 from storage.workspace import disk_error
 
@@ -95,7 +96,7 @@ class ClusterConfig(Strict):
 class _Mendable:
     """An error for the user as a value: dask would retry what is raised, and wrap it."""
 
-    error: LkcacheError
+    error: LkcacheError | MemoryError
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,10 @@ def _call(function: Callable[[Any], Any], cores: Cores, visible: list[str], unit
         return _finish_aside(value, cores) if isinstance(value, Later) else value
     except LkcacheError as error:
         return _Mendable(error)
-    except OSError as error:
-        mendable = disk_error(error)
+    except (OSError, MemoryError, RuntimeError) as error:
+        if is_memory_error(error):  # another worker would find no more; the stage knows the advice
+            return _Mendable(MemoryError(f"in a worker: {told(error)}"))
+        mendable = disk_error(error) if isinstance(error, OSError) else None
         if mendable is None:
             raise
         return _Mendable(mendable)
