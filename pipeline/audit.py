@@ -30,7 +30,7 @@ from pipeline.certificate import (
     unigram,
 )
 from pipeline.cluster import Cluster
-from pipeline.config import Strict
+from pipeline.config import Strict, Threads
 from pipeline.dataset import collate, supervised_counts
 from pipeline.law import DenseLaw, Law
 from pipeline.provenance import Progress
@@ -70,7 +70,7 @@ class VerifyConfig(Strict):
     """½ Σ |p̂ − p| beyond what the stored codes round; what they round is reported as `tv`."""
     max_hidden_error: Annotated[float, Field(gt=0)]
     seed: Annotated[int, Field(ge=0)]
-    threads: Annotated[int, Field(ge=1)]
+    threads: Threads
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 import torch
 from pydantic import Field, model_validator
 
-from pipeline.config import Strict
+from pipeline.config import Processes, Strict, Threads
 from pipeline.hosts import (
     RETRIES,
     Address,
@@ -82,13 +82,13 @@ class DeviceMapConfig(Strict):
 class ClusterConfig(Strict):
     """Section `cluster`: where to run. No result depends on it."""
 
-    workers: Annotated[int, Field(ge=1)] | None
+    workers: Processes | None
     """On this machine, on each host of ssh, or jobs of slurm; null: one a device."""
     device: Literal["auto", "cpu", "cuda"]
     address: Address
     parallel: DeviceMapConfig | None
     """Of a target that one device does not hold; null: a device holds it."""
-    writers: Annotated[int, Field(ge=1)] | None
+    writers: Threads | None
     """Threads of each worker that encode and write; null: the cores that computing leaves free."""
 
 
