@@ -29,6 +29,7 @@ SHOWN_TOKENS = 24
 SHOWN_ALTERNATIVES = 6
 SHOWN_CHARACTERS = 2000
 SHOWN_DIGITS = 12
+MOST_LOGITS_BYTES = 1 << 28
 DIGEST = re.compile(r"[0-9a-f]{64}")
 # quantiles need the counts of every token: of so many parts, evenly spaced, where there are more
 SAMPLED_PARTS = 64
@@ -230,7 +231,10 @@ def _coverage(cache: Cache) -> Table:
     stated = cache.manifest.coverage
     if cache.layout.dense:
         table.add_row("K, kept ids", f"{stated['mean_kept']:,.0f}", *["all"] * len(QUANTILES))
-        _add_entropy(table, cache, max_parts=1)  # of full logits: one part may be gigabytes
+        # a part of full logits may be gigabytes, and is read whole
+        widest = max(part.counts["row"] for part in cache.manifest.parts)
+        if 2 * widest * cache.layout.vocab_size <= MOST_LOGITS_BYTES:
+            _add_entropy(table, cache, max_parts=1)
         return table
     picked = [_supervised_arrays(cache, int(part)) for part in parts]
     names = ("K, kept ids", "tail mass", "tail samples")
