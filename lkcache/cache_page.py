@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lkcache.words import num_bytes
+from lkcache.words import counted, num_bytes
 from storage.codecs import decode_p, from_bf16_bits
 from storage.layout import VERSION
 from storage.reader import Cache
@@ -56,8 +56,9 @@ def build(cache: Cache, *, word: Word, sequences: int = SEQUENCES) -> str:
         name=name,
         script_hash=f"sha256-{digest}",
         style=_read("cache.css"),
-        lead=f"{cache.num_sequences:,} sequences, {cache.num_tokens:,} tokens, of which {rows:,} "
-        f"carry the target’s law. Format {VERSION}, mode {escape(cache.layout.mode)}, "
+        lead=f"{counted(cache.num_sequences, 'sequence')}, {counted(cache.num_tokens, 'token')}, "
+        f"of which {rows:,} carry the target’s law. "
+        f"Format {VERSION}, mode {escape(cache.layout.mode)}, "
         f"{num_bytes(_total(cache))}, {_total(cache) / max(1, cache.num_tokens):,.1f} bytes "
         "a token.",
         tokens_note=_tokens_note(cache, sequences),

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 from typer import Option
 
-from lkcache.words import age, num_bytes
+from lkcache.words import age, counted, num_bytes
 from storage.errors import WorkspaceError
 from storage.scratch import (
     ASIDE,
@@ -67,11 +67,11 @@ def clean(
     if not going:
         console.print("nothing to remove")
     elif not yes:
-        console.print(f"--yes removes {len(going)} folders, {num_bytes(freed)}")
+        console.print(f"--yes removes {counted(len(going), 'folder')}, {num_bytes(freed)}")
     else:
         left = [work for work in going if not remove_work(root, work)]
         freed -= sum(work.num_bytes for work in left)
-        console.print(f"removed {len(going) - len(left)} folders, {num_bytes(freed)}")
+        console.print(f"removed {counted(len(going) - len(left), 'folder')}, {num_bytes(freed)}")
         for work in left:
             console.print(Text(f"{work.stage}: a process has begun work on it; left alone"))
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from typer import Argument, Option
 
+from lkcache.words import counted
 from storage.diff import Diff, Gap, Row
 from storage.diff import diff as diff_of
 from storage.errors import ConfigError
@@ -79,7 +80,7 @@ def _show(found: Diff, a: str, b: str) -> None:
     console.print(Text(f"\nvalues of {of}", style="bold"))
     for count, where in ((values.only_a, "A"), (values.only_b, "B")):
         if count:
-            console.print(f"{count:,} sequences are in {where} alone")
+            console.print(f"in {where} alone: {counted(count, 'sequence')}")
     for names, what in (
         (values.other_tokens, "have other tokens, turns or domains under the same id"),
         (values.unequal, "have the same tokens and other stored numbers"),

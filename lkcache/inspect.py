@@ -1,8 +1,9 @@
-"""`lkcache inspect CACHE`: provenance, arrays, coverage, and text with the target's alternatives.
+"""`lkcache inspect CACHE`: provenance, coverage, text with the target's alternatives, arrays.
 
 Needs storage, rich and tokenizers: no torch, no transformers, no network.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated
@@ -15,16 +16,21 @@ from rich.text import Text
 from typer import Argument, Option
 
 from lkcache.cache_page import MAX_SEQUENCES, SEQUENCES, build
+from lkcache.words import counted, num_bytes
 from storage.codecs import decode_p, from_bf16_bits
 from storage.errors import ConfigError, DataError
 from storage.layout import VERSION
 from storage.reader import Cache
 from storage.record import Record, supervised
+from storage.survey import survey
 
 TOKENIZER = "tokenizer.json"
 SHOWN_TOKENS = 24
 SHOWN_ALTERNATIVES = 6
 SHOWN_CHARACTERS = 2000
+SHOWN_DIGITS = 12
+MOST_LOGITS_BYTES = 1 << 28
+DIGEST = re.compile(r"[0-9a-f]{64}")
 # quantiles need the counts of every token: of so many parts, evenly spaced, where there are more
 SAMPLED_PARTS = 64
 QUANTILES = (0.1, 0.5, 0.9, 0.99, 1.0)
@@ -40,13 +46,17 @@ def inspect(
     html: Annotated[
         bool, Option("--html", help="Write one self-contained page in place of all this.")
     ] = False,
+    params: Annotated[
+        bool, Option("--params", help="Digests whole, and every parameter of the capture.")
+    ] = False,
     sequences: Annotated[
         int, Option(help="Of the page: how many sequences it holds, spread over the domains.")
     ] = SEQUENCES,
 ) -> None:
     """Show what CACHE is, holds and covers, and positions A:B of one sequence.
 
-    Without --tokens, the first supervised positions of the sequence.
+    Without --tokens, the first supervised positions of the sequence. Arrays and domains come last,
+    with --params the parameters that the cache was made by behind them.
     """
     if file is not None and not html:
         raise ConfigError(
@@ -69,11 +79,14 @@ def inspect(
     record = opened.records([sequence])[0]
     span = _span(tokens, record)
     console = Console()
-    for table in (_provenance(opened), _arrays(opened), _coverage(opened), _domains(opened)):
+    for table in (_provenance(opened), _coverage(opened)):
         console.print(table)
     word = _vocabulary(opened.path / TOKENIZER)
     console.print(_text(record, sequence, word))
-    console.print(_alternatives(record, span, word))
+    for table in (_alternatives(record, span, word), _arrays(opened), _domains(opened)):
+        console.print(table)
+    if params:
+        console.print(_params(opened))
 
 
 def _write_page(cache: Cache, file: Path, sequences: int) -> None:
@@ -152,22 +165,42 @@ def _grid(title: str, *columns: str) -> Table:
 
 def _provenance(cache: Cache) -> Table:
     layout = cache.layout
-    table = Table(title=cache.name, title_justify="left", title_style="bold", box=None)
-    table.add_column("what")
-    table.add_column("value", overflow="fold")
+    stored = sum(cache.manifest.array_bytes.values())
     facts = {
         "format": f"lkcache {VERSION}, mode {layout.mode}",
-        "holds": f"{cache.num_sequences:,} sequences, {cache.num_tokens:,} tokens, "
-        f"{cache.num_parts} parts",
+        "holds": f"{counted(cache.num_sequences, 'sequence')}, "
+        f"{counted(cache.num_tokens, 'token')}, "
+        f"{counted(cache.num_parts, 'part')}",
+        "size": f"{num_bytes(stored)}, {stored / max(1, cache.num_tokens):.4g} B/token",
         "vocabulary": f"{layout.vocab_size:,}",
         "hidden layers": ", ".join(map(str, layout.hidden_layers)) or "none",
         "last hidden": "stored" if layout.last_hidden else "not stored",
+        **{f"source {key}": _short(value) for key, value in sorted(cache.source.items())},
+    }
+    return _facts(cache.name, facts)
+
+
+def _params(cache: Cache) -> Table:
+    """What a person seldom asks: the section `capture` that made it, and its origin in full."""
+    facts = {
         **{f"source {key}": value for key, value in sorted(cache.source.items())},
         **{f"param {key}": str(value) for key, value in sorted(cache.manifest.params.items())},
     }
+    return _facts("made from and by", facts)
+
+
+def _facts(title: str, facts: dict[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None)
+    table.add_column("what")
+    table.add_column("value", overflow="fold")
     for what, value in facts.items():
         table.add_row(what, Text(value))
     return table
+
+
+def _short(value: str) -> str:
+    """A digest's first digits; any other value as it is."""
+    return f"{value[:SHOWN_DIGITS]}…" if DIGEST.fullmatch(value) else value
 
 
 def _arrays(cache: Cache) -> Table:
@@ -190,7 +223,7 @@ def _coverage(cache: Cache) -> Table:
     of = "" if len(parts) == cache.num_parts else f" (quantiles of {len(parts)} parts)"
     rows = cache.manifest.counts["row"]
     table = _grid(
-        f"coverage of {rows:,} supervised tokens{of}",
+        f"coverage of {counted(rows, 'supervised token')}{of}",
         "what",
         "mean",
         *(f"p{100 * q:.0f}" if q < 1 else "max" for q in QUANTILES),
@@ -198,6 +231,10 @@ def _coverage(cache: Cache) -> Table:
     stated = cache.manifest.coverage
     if cache.layout.dense:
         table.add_row("K, kept ids", f"{stated['mean_kept']:,.0f}", *["all"] * len(QUANTILES))
+        # a part of full logits may be gigabytes, and is read whole
+        widest = max(part.counts["row"] for part in cache.manifest.parts)
+        if 2 * widest * cache.layout.vocab_size <= MOST_LOGITS_BYTES:
+            _add_entropy(table, cache, max_parts=1)
         return table
     picked = [_supervised_arrays(cache, int(part)) for part in parts]
     names = ("K, kept ids", "tail mass", "tail samples")
@@ -209,7 +246,17 @@ def _coverage(cache: Cache) -> Table:
         table.add_row(name, shape.format(mean), *(shape.format(mark) for mark in marks))
     unsampled = stated["mean_unsampled_tail_mass"]
     table.add_row("tail mass without a sample", f"{unsampled:.2e}")
+    _add_entropy(table, cache, max_parts=SAMPLED_PARTS)
     return table
+
+
+def _add_entropy(table: Table, cache: Cache, *, max_parts: int) -> None:
+    """How sure the target is, and how likely it finds what was said: equal for samples at T = 1."""
+    found = survey(cache, max_parts=max_parts)
+    of = "" if found.parts == cache.num_parts else f" ({counted(found.parts, 'part')})"
+    if "entropy" in found.measures:
+        table.add_row(f"entropy, nats{of}", f"{found.whole.mean('entropy'):.3f}")
+    table.add_row(f"-log p of what was said, nats{of}", f"{-found.whole.mean_logp:.3f}")
 
 
 def _supervised_arrays(cache: Cache, part: int) -> list[NDArray[np.float64]]:
@@ -235,7 +282,7 @@ def _domains(cache: Cache) -> Table:
 def _text(record: Record, sequence: int, word: Callable[[int], str]) -> Text:
     """The sequence's text, what the assistant wrote in bold."""
     text = Text(f"\nsequence {sequence}, id {record.id}, {record.domain}, ", style="bold")
-    text.append(f"{len(record.tokens)} tokens\n")
+    text.append(f"{counted(len(record.tokens), 'token')}\n")
     for token, turn in zip(record.tokens.tolist(), record.turn.tolist(), strict=True):
         text.append(word(token), style="bold" if turn >= 0 else "dim")
         if len(text) > SHOWN_CHARACTERS:

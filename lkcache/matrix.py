@@ -1,10 +1,12 @@
 """`lkcache matrix ROW ...`: write the cells of `params.yaml` from lists."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
 from lkcache.presets import dump, write_cells, yaml
+from lkcache.words import counted
 from pipeline.config import PARAMS, read_params
 from pipeline.matrix import Export
 from storage.errors import ConfigError
@@ -21,7 +23,7 @@ def matrix(
 
     An export of an arm that is no longer in the matrix is dropped, and said so. --export adds one.
     """
-    lists = dict(_row(row) for row in rows)
+    lists = _lists(rows)
     for section in ("drafts", "losses", "exports"):
         if not isinstance(read_params().get(section), dict):
             raise ConfigError(
@@ -41,10 +43,37 @@ def matrix(
     kept = {arm: forms for arm, forms in old.items() if arm in params["arms"]}
     write_cells(params, lists, kept)
     dump(params, PARAMS)
-    counts = ", ".join(f"{len(params[name])} {name}" for name in ("starts", "arms", "exports"))
-    print(f"{PARAMS}: {counts}")
+    blocks = ("start", "arm", "export")
+    print(f"{PARAMS}: {', '.join(counted(len(params[f'{name}s']), name) for name in blocks)}")
     for arm in old.keys() - kept.keys():
         print(f"export of {arm} was dropped: no such arm any more")
+    _tell_seeds(read_params())
+
+
+def _tell_seeds(params: Mapping[str, Any]) -> None:
+    """`check` refuses to decode a seed that no start has: say so while the rows are at hand."""
+    seeds = sorted({cell["seed"] for cell in params["starts"].values()})
+    asked = (params.get("evaluate") or {}).get("decode_seeds") or []
+    if stray := [seed for seed in asked if seed not in seeds]:
+        print(
+            f"evaluate.decode_seeds names {stray[0]}, the seed of no start: set it to seeds of "
+            f"{', '.join(map(str, seeds))}, or to []"
+        )
+
+
+def _lists(rows: list[str]) -> dict[str, dict[str, list[int] | list[str]]]:
+    """Seeds and objectives by draft, a row each."""
+    lists: dict[str, dict[str, list[int] | list[str]]] = {}
+    for row in rows:
+        draft, cells = _row(row)
+        if draft in lists:
+            raise ConfigError(
+                found=f"two rows of the draft {draft}",
+                expected="one, with all its seeds and objectives",
+                todo=f"write them as one row {draft}:SEEDS:OBJECTIVES",
+            )
+        lists[draft] = cells
+    return lists
 
 
 def _export(text: str) -> tuple[str, str]:
@@ -62,7 +91,7 @@ def _row(text: str) -> tuple[str, dict[str, list[int] | list[str]]]:
     parts = text.split(":")
     try:
         draft, seeds, objectives = parts
-        return draft, {
+        found: dict[str, list[int] | list[str]] = {
             "seeds": [int(s) for s in seeds.split(",")],
             "objectives": objectives.split(","),
         }
@@ -72,3 +101,13 @@ def _row(text: str) -> tuple[str, dict[str, list[int] | list[str]]]:
             expected="DRAFT:SEEDS:OBJECTIVES, such as lm:0,1,2:kl,lk_lambda",
             todo="write every row so",
         ) from None
+    for name, items in found.items():
+        if len(set(items)) < len(items) or any(
+            isinstance(item, int) and item < 0 for item in items
+        ):
+            raise ConfigError(
+                found=f"the {name} of row {text!r}",
+                expected="each of them once, seeds from 0",
+                todo="correct the row",
+            )
+    return draft, found

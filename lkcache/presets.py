@@ -14,6 +14,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
+from pipeline.config import near
 from storage.errors import ConfigError
 
 BASE = "embedded"
@@ -37,7 +38,7 @@ def compose(folder: Path, preset: str) -> CommentedMap:
         raise ConfigError(
             found=f"preset {preset!r}",
             expected=f"one of {', '.join(names(folder))}",
-            todo=f"choose one, or add {folder}/{preset}.yaml",
+            todo=f"choose one{_meant(preset, names(folder))}, or add {folder}/{preset}.yaml",
         )
     params = yaml().load(folder / f"{BASE}.yaml")
     if preset == BASE:
@@ -57,6 +58,11 @@ def compose(folder: Path, preset: str) -> CommentedMap:
         "Every section is read strictly; presets/embedded.yaml explains each parameter."
     )
     return params
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    meant = near(name, known)
+    return f" (is it {meant}?)" if meant else ""
 
 
 def write_cells(

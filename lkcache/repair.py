@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.text import Text
 from typer import Argument, Option
 
+from lkcache.words import counted
 from pipeline.config import read_params
 from storage.errors import CacheError, FingerprintMismatch, LkcacheError
 from storage.manifest import Manifest
@@ -44,8 +45,8 @@ def repair(
     if not yes:
         console.print(
             Text(
-                f"\n--yes would link {kept} sound parts back into .scratch and remove what is bad; "
-                f"capture would then compute {again} parts again"
+                f"\n--yes would link {counted(kept, 'sound part')} back into .scratch and remove "
+                f"what is bad; capture would then compute {counted(again, 'part')} again"
             )
         )
         return EXIT_DAMAGED
@@ -60,7 +61,7 @@ def repair(
                 drop(found)
     console.print(
         Text(f"\n{kept} sound parts are back in .scratch; run dvc repro capture in {project}, ")
-        + Text(f"which computes {again} parts again")
+        + Text(f"which computes {counted(again, 'part')} again")
     )
     return 0
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 from typer import Argument, Option
 
+from lkcache.words import counted
 from pipeline.config import PARAMS, read_params
 from storage.errors import ConfigError, DataError
 from storage.sequences import Sequences
@@ -85,11 +86,12 @@ def _of_sequences(split: str, samples: int) -> tuple[list[Sample], str]:
         for row in table.take(_spread(len(table), samples))
     ]
     written, lengths = table.survey.written, table.survey.lengths
-    told = f"{split}: {len(table):,} sequences, {table.survey.num_tokens:,} tokens, "
+    told = f"{split}: {counted(len(table), 'sequence')}, "
+    told += f"{counted(table.survey.num_tokens, 'token')}, "
     told += f"{100 * written.sum() / max(1, lengths.sum()):.1f} % of them supervised"
     for name, count in (("no", written == 0), ("only", written == lengths)):
         if count.any():
-            told += f"; {int(count.sum()):,} sequences have {name} supervised tokens"
+            told += f"; {counted(int(count.sum()), 'sequence')} with {name} supervised tokens"
     return found, told
 
 
@@ -113,7 +115,10 @@ def _of_data(split: str, samples: int, file: Path, words: Any) -> tuple[list[Sam
     replies = sum(r["response"] is not None for r in prompts) + sum(
         '"role": "assistant"' in talk["messages"] for talk in chats.values()
     )
-    return found, f"{split}: {len(prompts):,} prompts, {replies:,} with a reply of the data's own"
+    return (
+        found,
+        f"{split}: {counted(len(prompts), 'prompt')}, {replies:,} with a reply of the data's own",
+    )
 
 
 def _plain(row: dict[str, Any], words: Any) -> list[Sample]:
@@ -215,7 +220,8 @@ def _head(sample: Sample) -> Text:
     turns = len({turn for turn in sample.turn if turn >= 0})
     share = f"{100 * written / max(1, len(sample.turn)):.0f} %"
     return Text(
-        f"{sample.id} · {sample.domain} · {len(sample.tokens)} tokens, {written} supervised "
+        f"{sample.id} · {sample.domain} · {counted(len(sample.tokens), 'token')}, "
+        f"{written} supervised "
         f"({share}) in {turns} turn{'' if turns == 1 else 's'}",
         style="bold",
     )

@@ -9,7 +9,9 @@ from typer import Argument, Option
 
 from lkcache.fit import fit
 from lkcache.presets import changes, compose, dump
+from lkcache.words import counted
 from pipeline.config import PARAMS, read_params
+from storage.errors import ConfigError
 
 
 def use(
@@ -27,7 +29,7 @@ def use(
     With --target the captured layers, the drafts' heads and widths and their vocabularies become
     those that the folder's config.json asks for. Paths are as seen from the project's root.
     """
-    old = read_params() if PARAMS.exists() else {}
+    old = _before()
     params = compose(Path("presets"), preset)
     if target is not None:
         fit(params, target)
@@ -36,14 +38,24 @@ def use(
         source.fa.set_flow_style()
         params["prepare"]["source"] = source
     dump(params, PARAMS)
-    lines = changes(old, read_params())
-    print(f"{PARAMS} is now the preset {preset!r}: {len(lines)} parameters changed")
+    lines = changes(old, read_params()) if old else []
+    told = counted(len(lines), "parameter") if old else "all"
+    print(f"{PARAMS} is now the preset {preset!r}: {told} changed")
     for line in lines:
         print(f"  {line}")
     if missing := to_do(read_params()):
         print("before `dvc repro`:")
         for line in missing:
             print(f"  {line}")
+
+
+def _before() -> dict[str, Any]:
+    """The parameters that are to be replaced; empty where there are none that can be read."""
+    try:
+        return read_params() if PARAMS.exists() else {}
+    except ConfigError as error:  # a broken file is a reason to write a new one
+        print(f"replaced: {error.found}")
+        return {}
 
 
 def to_do(params: Mapping[str, Any]) -> list[str]:

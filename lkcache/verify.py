@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.text import Text
 from typer import Argument
 
+from lkcache.words import counted
 from storage.manifest import read_manifest
 from storage.remote import is_url, remote_manifest
 from storage.verify import check_cache
@@ -31,7 +32,8 @@ def verify(
         return EXIT_DAMAGED
     counts = manifest.counts
     console.print(
-        f"whole and sound: {len(manifest.parts)} parts, {counts['sequence']:,} sequences, "
-        f"{counts['token']:,} tokens, {counts['entry']:,} entries; every digest matches"
+        f"whole and sound: {counted(len(manifest.parts), 'part')}, "
+        f"{counted(counts['sequence'], 'sequence')}, {counted(counts['token'], 'token')}, "
+        f"{counts['entry']:,} kept ids; every digest matches"
     )
     return 0

@@ -1,4 +1,9 @@
-"""Sizes and times as the verbs print them."""
+"""Sizes, times and counts as the verbs print them."""
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 part`, `1,024 parts`: nouns that take an s."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def num_bytes(value: float) -> str:

@@ -30,10 +30,11 @@ from pipeline.certificate import (
     unigram,
 )
 from pipeline.cluster import Cluster
-from pipeline.config import Strict
+from pipeline.config import Strict, Threads
 from pipeline.dataset import collate, supervised_counts
 from pipeline.law import DenseLaw, Law
 from pipeline.provenance import Progress
+from pipeline.sampled import Surprise, require_samples, sum_up, surprise
 from pipeline.seeds import rng
 from pipeline.sharded import resident_target
 from pipeline.target import DeviceMap, Target
@@ -70,7 +71,7 @@ class VerifyConfig(Strict):
     """½ Σ |p̂ − p| beyond what the stored codes round; what they round is reported as `tv`."""
     max_hidden_error: Annotated[float, Field(gt=0)]
     seed: Annotated[int, Field(ge=0)]
-    threads: Annotated[int, Field(ge=1)]
+    threads: Threads
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,10 @@ class Found:
     errors: Errors
     certificate: Certificate
     """Of no draft where nothing is supervised."""
+    law: str = ""
+    """Of the responses; empty where none is stated."""
+    surprise: Surprise = field(default_factory=Surprise)
+    """Of its tokens, beyond what their law expects."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,7 @@ class Replayed:
     certificate: Certificate
     certified: list[int] = field(default_factory=list)
     """The positions of the certificate's rows."""
+    surprise: Surprise = field(default_factory=Surprise)
 
 
 WORDS = {
@@ -189,10 +195,13 @@ def unigrams(caches: Mapping[str, Path]) -> dict[str, NDArray[np.float32]]:
 def replay_all(units: Sequence[Sequence[Sample]], job: Job, cluster: Cluster) -> dict[str, Found]:
     """By split the largest error of each kind, and the certificate of its rows.
 
-    `CacheError` names the first error too large and the first interval that fails.
+    `CacheError` names the first error too large, the first interval that fails and the first split
+    whose tokens are no samples of its law.
     """
     worst: dict[str, Errors] = defaultdict(dict)
     parts: dict[str, list[Certificate]] = defaultdict(list)
+    said: dict[str, list[Surprise]] = defaultdict(list)
+    laws: dict[str, str] = {}
     results = cluster.map(partial(replay_unit, job), units)
     with Progress(sum(map(len, units)), "verify", unit="sequence") as line:
         for unit, found in zip(units, results, strict=True):
@@ -200,8 +209,16 @@ def replay_all(units: Sequence[Sequence[Sample]], job: Job, cluster: Cluster) ->
                 known = worst[sample.split]
                 known.update({kind: max(x, known.get(kind, 0.0)) for kind, x in one.errors.items()})
                 parts[sample.split].append(one.certificate)
+                said[sample.split].append(one.surprise)
+                laws[sample.split] = one.law
             line.add(len(unit))
-    return {split: Found(worst[split], joined(parts[split])) for split in worst}
+    whole = {
+        split: Found(worst[split], joined(parts[split]), laws[split], sum_up(said[split]))
+        for split in worst
+    }
+    for split, of_split in whole.items():
+        require_samples(of_split.surprise, of_split.law, f"{split} cache")
+    return whole
 
 
 def replay_unit(job: Job, unit: Sequence[Sample]) -> list[Found]:
@@ -227,19 +244,20 @@ def _replay_one(target: Target, job: Job, sample: Sample) -> Found:
             f"{sample.sequences.name}"
         )
     bar = Bar.of(cache.manifest.params, job.config.max_logp_error)
+    law = cache.source.get("law", "")
     found = replay(
         target,
         record,
         layout=cache.layout,
         bar=bar,
         unigram_V=job.unigrams[sample.split],
-        law=cache.source.get("law", ""),
+        law=law,
     )
     target.settle()
     _refuse_errors(found.errors, job.config, where)
     _refuse_intervals(found, where)
     largest = {kind: float(error_T.max()) for kind, error_T in found.errors.items()}
-    return Found(largest, found.certificate)
+    return Found(largest, found.certificate, law, found.surprise)
 
 
 def _refuse_errors(errors: Positions, config: VerifyConfig, where: str) -> None:
@@ -303,10 +321,12 @@ def replay(
     stored_law, row_C = _stored_law(record, layout, str(target.device)), _spread_rows(record)
     position_R = supervised(record.turn).nonzero()[0]
     parts: list[Certificate] = []
+    said: list[Surprise] = []
     first, rebuild = 0, layout.mode == "rebuild"
     last_hidden_TD = features.last_hidden[0]
     blocks = _law_errors(target, record, last_hidden_TD, bar, rebuild=rebuild, law=law)
     for at_C, logp_CV, found in blocks:
+        said.append(surprise(logp_CV.cpu().numpy(), record.tokens[at_C + 1], law))
         for kind, error_C in found.items():
             errors.setdefault(kind, np.zeros(len(record.tokens)))[at_C] = error_C
         own = torch.from_numpy(row_C[(row_C >= first) & (row_C < first + len(at_C))])
@@ -319,7 +339,7 @@ def replay(
                 own_law = stored_law.take(own.to(logp_CV.device))
             parts.append(certify(logp_NV, own_law, drafts))
         first += len(at_C)
-    return Replayed(errors, joined(parts), position_R[row_C].tolist())
+    return Replayed(errors, joined(parts), position_R[row_C].tolist(), sum_up(said))
 
 
 def _stored_law(record: Record, layout: Layout, device: str) -> Law | None:

@@ -69,7 +69,11 @@ def training(
 ) -> list[tuple[str, float]]:
     """Operations of each draft's starts and arms, all seeds and objectives; drafts in order."""
     found: dict[str, float] = {}
+    generate = params["generate"]
     mean_tokens = tokens / max(1, params["prepare"]["train_prompts"])
+    if generate.get("turns") == "every":  # a conversation may be several sequences
+        longest = generate["max_prompt_tokens"] + generate["max_new_tokens"]
+        mean_tokens = min(mean_tokens, longest)
     for block, stage in (("starts", "warmup"), ("arms", "train")):
         for cell in params[block].values():
             section, fit = params["drafts"][cell["draft"]], params[stage]

@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.cluster import Cluster, Later
-from pipeline.config import Strict
+from pipeline.config import BatchTokens, Strict, Threads
 from pipeline.interface import Head
 from pipeline.provenance import Progress
 from pipeline.sharded import resident_target
@@ -69,10 +69,10 @@ class CaptureConfig(Strict):
     """Of stored hidden states; mode `rebuild` keeps last_hidden in bfloat16."""
     hidden_layers: list[Annotated[int, Field(ge=0)]]
     last_hidden: bool
-    part_tokens: Annotated[int, Field(ge=1)]
-    batch_tokens: Annotated[int, Field(ge=1)]
+    part_tokens: BatchTokens
+    batch_tokens: BatchTokens
     seed: Annotated[int, Field(ge=0)]
-    threads: Annotated[int, Field(ge=1)]
+    threads: Threads
 
     @field_validator("hidden_layers")
     @classmethod

@@ -54,6 +54,28 @@ class _Reply:
     """Messages up to and with the reply."""
 
 
+def asks_of(row: Mapping[str, Any]) -> tuple[list[tuple[Message, ...]], int]:
+    """The messages before each reply, and how many user turns stand behind a tool's answer.
+
+    The data's own replies are left out. A tool's answer belongs to the data's own call, so that
+    nothing behind it can be asked of a target that may have called otherwise.
+    """
+    messages = list(row.get("messages") or [{"role": "user", "content": row["text"]}])
+    asks: list[tuple[Message, ...]] = []
+    pending: list[Message] = []
+    for place, message in enumerate(messages):
+        if message["role"] == "tool":
+            return asks, sum(m["role"] == "user" for m in messages[place:])
+        if message["role"] != "assistant":
+            pending.append(message)
+        elif any(m["role"] == "user" for m in pending):
+            asks.append(tuple(pending))
+            pending = []
+    if any(m["role"] == "user" for m in pending):
+        asks.append(tuple(pending))
+    return asks, 0
+
+
 def turn_name(name: str, turn: int) -> str:
     """The name of a conversation's turn, from 0: the first has the conversation's own."""
     return f"{name}#{turn}" if turn else name

@@ -75,6 +75,7 @@ def check_params(params: Mapping[str, Any]) -> None:
     _check_target(
         sections, {start.draft: found["drafts"][start.draft] for start in starts.values()}
     )
+    _check_seeds(sections["evaluate"], starts)
     _check_report(sections, params)
     _check_laws(sections)
     check_source(sections["prepare"].source)
@@ -192,6 +193,18 @@ def _check_revision(target: PretrainedConfig) -> None:
             todo="set target.revision to the commit that its page shows, or name a local folder",
         )
     check_place(target)
+
+
+def _check_seeds(evaluate: EvaluateConfig, starts: Mapping[str, Start]) -> None:
+    """A seed that no start has would decode nothing, and say nothing."""
+    seeds = sorted({start.seed for start in starts.values()})
+    stray = [seed for seed in evaluate.decode_seeds if seed not in seeds]
+    if stray and seeds:
+        raise ConfigError(
+            found=f"{PARAMS}: evaluate.decode_seeds names {stray[0]}, the seed of no start",
+            expected=f"seeds of starts: {', '.join(map(str, seeds))}; or [], to decode nothing",
+            todo="correct evaluate.decode_seeds",
+        )
 
 
 def _check_report(sections: Mapping[str, Any], params: Mapping[str, Any]) -> None:

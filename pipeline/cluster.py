@@ -26,7 +26,7 @@ from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 import torch
 from pydantic import Field, model_validator
 
-from pipeline.config import Strict
+from pipeline.config import Processes, Strict, Threads
 from pipeline.hosts import (
     RETRIES,
     Address,
@@ -41,6 +41,7 @@ from pipeline.hosts import (
     settings,
     signals_blocked,
 )
+from pipeline.memory import is_memory_error, told
 from storage.errors import ConfigError, LkcacheError, WorkspaceError
 from storage.workspace import disk_error
 
@@ -81,13 +82,13 @@ class DeviceMapConfig(Strict):
 class ClusterConfig(Strict):
     """Section `cluster`: where to run. No result depends on it."""
 
-    workers: Annotated[int, Field(ge=1)] | None
+    workers: Processes | None
     """On this machine, on each host of ssh, or jobs of slurm; null: one a device."""
     device: Literal["auto", "cpu", "cuda"]
     address: Address
     parallel: DeviceMapConfig | None
     """Of a target that one device does not hold; null: a device holds it."""
-    writers: Annotated[int, Field(ge=1)] | None
+    writers: Threads | None
     """Threads of each worker that encode and write; null: the cores that computing leaves free."""
 
 
@@ -95,7 +96,7 @@ class ClusterConfig(Strict):
 class _Mendable:
     """An error for the user as a value: dask would retry what is raised, and wrap it."""
 
-    error: LkcacheError
+    error: LkcacheError | MemoryError
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,10 @@ def _call(function: Callable[[Any], Any], cores: Cores, visible: list[str], unit
         return _finish_aside(value, cores) if isinstance(value, Later) else value
     except LkcacheError as error:
         return _Mendable(error)
-    except OSError as error:
-        mendable = disk_error(error)
+    except (OSError, MemoryError, RuntimeError) as error:
+        if is_memory_error(error):  # another worker would find no more; the stage knows the advice
+            return _Mendable(MemoryError(f"in a worker: {told(error)}"))
+        mendable = disk_error(error) if isinstance(error, OSError) else None
         if mendable is None:
             raise
         return _Mendable(mendable)

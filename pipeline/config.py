@@ -11,9 +11,9 @@ from copy import deepcopy
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -22,6 +22,17 @@ from storage.errors import ConfigError
 PARAMS = Path("params.yaml")
 LARGEST = 2**63 - 1  # of a whole number, as torch and numpy count
 T = TypeVar("T")
+
+# More than any machine or draft has; a slip of the keyboard is told before hours are spent on it.
+Threads = Annotated[int, Field(ge=1, le=1024)]
+"""Of one process."""
+Processes = Annotated[int, Field(ge=1, le=1024)]
+Gamma = Annotated[int, Field(ge=1, le=64)]
+"""γ, and how far a draft is unrolled."""
+BatchSize = Annotated[int, Field(ge=1, le=2**20)]
+"""Sequences or prompts at once."""
+BatchTokens = Annotated[int, Field(ge=1, le=2**31)]
+"""Of a batch or a part."""
 
 
 class Strict(BaseModel):

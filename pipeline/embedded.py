@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from pipeline.config import Strict
+from pipeline.config import BatchSize, Strict, Threads
 from pipeline.provenance import Progress
 from pipeline.seeds import generator
 from pipeline.target import quiet
@@ -45,13 +45,13 @@ class EmbeddedConfig(Strict):
     intermediate_size: Count
     context_tokens: Annotated[int, Field(ge=16)]
     steps: Count
-    batch_sequences: Count
+    batch_sequences: BatchSize
     sequence_tokens: Annotated[int, Field(ge=8)]
     lr: Annotated[float, Field(gt=0)]
     sharpen: Annotated[float, Field(gt=0, le=1)]
     """Temperature folded into the final norm; 1 leaves the target as it was trained."""
     seed: Annotated[int, Field(ge=0)]
-    threads: Count
+    threads: Threads
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

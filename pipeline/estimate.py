@@ -6,14 +6,17 @@ model of the cost is stated in each function; nothing here is calibrated to a ma
 throughput that the caller passes.
 """
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.chat import asks_of
 from storage.errors import ConfigError, DataError
 from storage.sequences import Sequences
+from storage.tables import CONVERSATIONS, PROMPTS, read_table
 from storage.workspace import read_json, scratch_root
 
 # bytes of a kept entry on disk: 103 B at 39.7 entries a token, tail mass included (the reference
@@ -110,7 +113,11 @@ def _stated_shape(shape: Mapping[str, Any] | None, path: Path) -> TargetShape:
 
 
 def token_counts(params: Mapping[str, Any], root: Path) -> tuple[dict[str, int], str]:
-    """Tokens of each split: counted from `sequences/`, else the limits of the parameters."""
+    """Tokens of each split: counted from `sequences/`, else the limits of the parameters.
+
+    With `generate.turns: every` each user turn is taken for a sequence of the limits' length, which
+    is the most that can be: training turns may stand in one sequence.
+    """
     try:
         counted = {
             split: Sequences.open(path).num_tokens
@@ -121,8 +128,57 @@ def token_counts(params: Mapping[str, Any], root: Path) -> tuple[dict[str, int],
     except DataError:
         longest = params["generate"]["max_prompt_tokens"] + params["generate"]["max_new_tokens"]
         train, heldout = params["prepare"]["train_prompts"], params["prepare"]["heldout_prompts"]
-        assumed = {"train": train, "heldout": heldout, "greedy": heldout}
-        return {split: count * longest for split, count in assumed.items()}, "assumed"
+        turns = user_turns(params, root)
+        assumed = {
+            "train": train * turns["train"].value,
+            "heldout": heldout * turns["heldout"].value,
+            "greedy": heldout * turns["heldout"].value,
+        }
+        return {split: round(n * longest) for split, n in assumed.items()}, "assumed"
+
+
+def user_turns(params: Mapping[str, Any], root: Path) -> dict[str, Line]:
+    """User turns of a conversation that are answered, the mean of each split.
+
+    Counted from `data/` where it is prepared; else as many as `prepare.filters.max_turns` lets
+    through, and where nothing limits them, one, which the line says.
+    """
+    splits = ("train", "heldout")
+    unit = "a conversation"
+    if params["generate"].get("turns") != "every":
+        return {s: Line(f"user turns answered, {s}", 1.0, unit, "counted") for s in splits}
+    try:
+        rows = read_table(root / "data" / "prompts.parquet", PROMPTS)
+    except DataError:
+        return _assumed_turns(params, splits, unit)
+    path = root / "data" / "conversations.parquet"
+    talks = read_table(path, CONVERSATIONS) if path.is_file() else []
+    asked = {
+        (talk["split"], talk["id"]): len(asks_of({"messages": json.loads(talk["messages"])})[0])
+        for talk in talks
+    }
+    found = {}
+    for split in splits:
+        counts = [asked.get((split, row["id"]), 1) for row in rows if row["split"] == split]
+        mean = sum(counts) / max(1, len(counts))
+        found[split] = Line(f"user turns answered, {split}", mean, unit, "counted")
+    return found
+
+
+def _assumed_turns(
+    params: Mapping[str, Any], splits: tuple[str, ...], unit: str
+) -> dict[str, Line]:
+    prepare = params["prepare"]
+    most = (prepare.get("filters") or {}).get("max_turns")
+    how = "the most that prepare.filters.max_turns lets through"
+    if prepare["source"]["kind"] == "stdlib":
+        most, how = 1, "the source has no conversations"
+    elif most is None:
+        most, how = 1, "more once prepare has run and they are counted"
+    return {
+        split: Line(f"user turns answered, {split} ({how})", float(most), unit, "assumed")
+        for split in splits
+    }
 
 
 Sizes = dict[str, float]
@@ -241,6 +297,8 @@ def estimate(params: Mapping[str, Any], *, tflops: float, root: Path = Path()) -
     sizes = bytes_per_token(params, shape)
     total = sum(sizes.values()) * tokens
     lines = [Line(f"tokens, {split}", n, "tokens", label) for split, n in counts.items()]
+    if label == "assumed" and params["generate"].get("turns") == "every":
+        lines += user_turns(params, root).values()
     lines += [Line(name, size, "B/token", "assumed") for name, size in sizes.items()]
     lines.append(Line("cache", total, "B", label))
     for mode in MODES:

@@ -29,7 +29,7 @@ from pydantic import Field, model_validator
 
 from pipeline.chat import turn_name
 from pipeline.checkpoint import load_draft, read_config
-from pipeline.config import Strict, parse
+from pipeline.config import BatchSize, Gamma, Strict, Threads, parse
 from pipeline.dataset import arrays, collate, head_for
 from pipeline.draft import Draft, Needs, find
 from pipeline.interface import Head, Shape
@@ -58,17 +58,17 @@ class EvaluateConfig(Strict):
     laws: SomeNames
     """Served laws and how drafts are drawn (`pipeline.setting`). All are decoded; those of which
     there are rollouts are replayed too: `T=0`, `T=1` and what `generate.laws` names."""
-    depth: Count
+    depth: Gamma
     """Replay for every γ up to this, or up to what the draft can (MEDUSA: its heads)."""
-    batch_sequences: Count
+    batch_sequences: BatchSize
     decode_seeds: list[Annotated[int, Field(ge=0)]]
     """Drafts of these seeds are decoded too."""
-    decode_gamma: Count
+    decode_gamma: Gamma
     """γ of decoding, or the draft's deepest where that is less."""
     decode_prompts: Count
     decode_new_tokens: Annotated[int, Field(gt=1)]
     """Length limit of a decoded response, its first token included."""
-    decode_batch: Count
+    decode_batch: BatchSize
     trace_prompts: Annotated[int, Field(ge=0)]
     """Decoded prompts of which the report shows every round, spread over the domains."""
     features: Literal["cache", "exact"]
@@ -76,7 +76,7 @@ class EvaluateConfig(Strict):
     prompt_sets: PromptSets
     """Prompts of one's own to decode beside the held-out ones, under every law; by name."""
     seed: int
-    threads: Count
+    threads: Threads
 
     @property
     def room(self) -> int:

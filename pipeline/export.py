@@ -15,15 +15,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.batch import Batch
-from pipeline.config import Strict
+from pipeline.config import Gamma, Strict
 from pipeline.draft import Draft
 from pipeline.interface import Interface
 from pipeline.keys import WEIGHTS
@@ -39,7 +38,7 @@ class ExportConfig(Strict):
     """Section `export`."""
 
     dtype: Literal["float32", "bfloat16", "float16"]
-    num_assistant_tokens: Annotated[int, Field(gt=0)]
+    num_assistant_tokens: Gamma
     """γ that the folder asks its engine for; an engine's own setting goes before it."""
 
 

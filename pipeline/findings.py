@@ -12,7 +12,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pipeline.config import Strict
+from pipeline.config import Gamma, Strict
 from pipeline.matrix import Arm
 from pipeline.results import (
     ALL,
@@ -42,7 +42,7 @@ class ReportConfig(Strict):
 
     baseline: Annotated[str, Field(min_length=1)]
     """Objective that the others are compared with."""
-    gammas: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
+    gammas: Annotated[list[Gamma], Field(min_length=1)]
     """γ of the tables; the first is the primary one, whose verdicts open the page."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)]
     resamples: Annotated[int, Field(ge=200)]

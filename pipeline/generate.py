@@ -26,7 +26,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from pipeline.chat import Message, has_template, prompt_tokens, speak
 from pipeline.cluster import Cluster
-from pipeline.config import Strict
+from pipeline.config import BatchSize, Strict, Threads
 from pipeline.provenance import Progress
 from pipeline.sampling import Prompt, Response, compact, sample
 from pipeline.seeds import rng, uniforms
@@ -90,9 +90,9 @@ class GenerateConfig(Strict):
     each behind the target's own replies (`pipeline.turns`)."""
     max_prompt_tokens: Annotated[int, Field(ge=1)]
     max_new_tokens: Annotated[int, Field(ge=1)]
-    batch_sequences: Annotated[int, Field(ge=1)]
+    batch_sequences: BatchSize
     seed: Annotated[int, Field(ge=0)]
-    threads: Annotated[int, Field(ge=1)]
+    threads: Threads
 
     @field_validator("laws")
     @classmethod

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.config import Strict
+from pipeline.config import Processes, Strict, Threads
 from pipeline.embedded import EmbeddedConfig
 from pipeline.interface import HeadRule
 from pipeline.target import (
@@ -81,8 +81,8 @@ class PretrainedConfig(Strict):
     """Commit of a hub repository, 40 hex digits; null for a folder."""
     dtype: DType
     trust_remote_code: bool
-    threads: Annotated[int, Field(ge=1)]
-    tensor_parallel: Annotated[int, Field(ge=1)] = 1
+    threads: Threads
+    tensor_parallel: Processes = 1
     """Processes of one host, a device each, that hold a shard of every matrix. They order the
     additions, so that another number is another target (docs/cluster.md)."""
     shape: ShapeConfig | None = None

@@ -29,6 +29,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pipeline.memory import memory_error
 from storage.errors import LkcacheError
 from storage.workspace import disk_error, file_digest, write_json
 
@@ -64,8 +65,10 @@ def run(stage: str, main: Callable[[], None]) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the rest takes a moment
             code, outcome = EXIT_TERMINATED, "stopped"
             sentence = "stopped by SIGTERM; finished work is kept; run dvc repro to go on."
-        except OSError as error:
-            mendable = disk_error(error)
+        except (OSError, MemoryError, RuntimeError) as error:
+            mendable = memory_error(error, stage, record.at())
+            if mendable is None and isinstance(error, OSError):
+                mendable = disk_error(error)
             if mendable is None:
                 raise
             code, outcome, sentence = EXIT_MENDABLE, "failed", str(mendable)
@@ -94,6 +97,8 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         """Show the line."""
+        if _Record.current is not None:
+            _Record.current.follow(self.state)
         return self
 
     def __exit__(
@@ -102,8 +107,10 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Leave the line as it is."""
+        """Leave the line as it is, and the last state in the record."""
         self._line.close()
+        if _Record.current is not None:
+            _Record.current.follow(None)
 
     def add(self, amount: float = 1, **notes: str) -> None:
         """Count finished work; `notes` stand at the line's end."""
@@ -114,9 +121,11 @@ class Progress:
         now = time.monotonic()
         if _Record.current is not None and now - self._told >= HEARTBEAT_S:
             self._told = now
-            _Record.current.progress(self._state(now))
+            _Record.current.tell()
 
-    def _state(self, now: float) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
+        """What is done of how much, how fast, and the time left."""
+        now = time.monotonic()
         rate = (self._done - self._before) / max(now - self._started, 1e-9)
         left_s = (self._total - self._done) / rate if rate else None
         return {
@@ -137,6 +146,7 @@ class _Record:
         self._path = RUNS / f"{cell}.json"
         self._silent = os.environ.get("RANK", "0") != "0"  # of training processes, one records
         self._started = time.time()
+        self._state: Callable[[], dict[str, Any]] | None = None
         self._value: dict[str, Any] = {
             "cell": cell,
             "outcome": "running",
@@ -173,12 +183,32 @@ class _Record:
             code = error.code if isinstance(error, SystemExit) else 1
             self.end("crashed", code, f"{type(error).__name__}: {error}")
 
-    def progress(self, state: dict[str, Any]) -> None:
-        self._value["progress"] = {**state, "at": _utc(time.time())}
+    def follow(self, state: Callable[[], dict[str, Any]] | None) -> None:
+        """Ask `state` from here on; with None, keep the last answer of the one before."""
+        self._take()
+        self._state = state
+
+    def tell(self) -> None:
+        """Write the state of the work."""
+        self._take()
         self._write()
+
+    def _take(self) -> None:
+        if self._state is not None:
+            self._value["progress"] = {**self._state(), "at": _utc(time.time())}
+
+    def at(self) -> str:
+        """The unit at work: `step 12 of 160`; nothing before the first and after the last."""
+        self._take()
+        last = self._value["progress"]
+        if last is None or last["done"] >= last["total"]:
+            return ""
+        first = last["done"] if last["unit"] == "token" else last["done"] + 1
+        return f"{last['unit']} {first:.0f} of {last['total']:.0f}"
 
     def end(self, outcome: str, code: Any, sentence: str) -> None:
         now = time.time()
+        self._take()
         self._value |= {
             "outcome": outcome,
             "exit_code": code,

@@ -261,11 +261,15 @@ def _summary(results: Results, found: Findings) -> str:
     seeds, drafts = len({arm.seed for arm in results.arms}), len(results.drafts)
     laws = " and ".join(law(t) for t in results.temperatures())
     return (
-        f"{len(results.arms)} arms: {drafts} draft{'s' if drafts > 1 else ''}, "
-        f"{len(results.objectives())} objectives, up to {seeds} "
-        f"seed{'s' if seeds > 1 else ''}. {found.prompts:,} held-out prompts in "
-        f"{len(found.domains)} domain{'s' if len(found.domains) > 1 else ''}, {laws}."
+        f"{_counted(len(results.arms), 'arm')}: {_counted(drafts, 'draft')}, "
+        f"{_counted(len(results.objectives()), 'objective')}, up to {_counted(seeds, 'seed')}. "
+        f"{_counted(found.prompts, 'held-out prompt')} in "
+        f"{_counted(len(found.domains), 'domain')}, {laws}."
     )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def agreement_words(found: Findings) -> list[str]:
@@ -278,17 +282,19 @@ def agreement_words(found: Findings) -> list[str]:
             word = "agree" if largest < point else "do not agree"
             sentences.append(
                 f"At {law(temperature)} predicted and measured τ {word}: the largest |z| of "
-                f"{len(rows)} arms is {largest:.2f}, the familywise 99 % point {point:.2f}."
+                f"{_counted(len(rows), 'arm')} is {largest:.2f}, the familywise 99 % point "
+                f"{point:.2f}."
             )
         else:
             wrong, total = sum(a.unequal for a in rows), sum(a.prompts for a in rows)
-            text = f"At {law(temperature)} the numbers of rounds are equal on all {total:,} texts"
+            all_of = f"all {total:,} texts" if total != 1 else "the one text"
+            text = f"At {law(temperature)} the numbers of rounds are equal on {all_of}"
             if wrong:
                 text = (
                     f"At {law(temperature)} the numbers of rounds differ on {wrong:,} of "
-                    f"{total:,} texts"
+                    f"{_counted(total, 'text')}"
                 )
-            sentences.append(f"{text} ({len(rows)} arms).")
+            sentences.append(f"{text} ({_counted(len(rows), 'arm')}).")
     return sentences
 
 

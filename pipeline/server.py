@@ -27,7 +27,7 @@ import urllib3
 from filelock import FileLock, Timeout
 from pydantic import Field
 
-from pipeline.config import Strict
+from pipeline.config import BatchSize, Strict
 from pipeline.provenance import Progress
 from pipeline.sampling import Prompt, Response, compact
 from storage.errors import LkcacheError, TargetError, WorkspaceError
@@ -53,7 +53,7 @@ class ServerConfig(Strict):
     temperature: Annotated[float, Field(ge=0)]
     """Of training responses; the held-out prompts are answered at T = 1 and T = 0."""
     top_p: Annotated[float, Field(gt=0, le=1)]
-    concurrency: Annotated[int, Field(ge=1)]
+    concurrency: BatchSize
     retries: Annotated[int, Field(ge=0)]
     timeout_s: Annotated[float, Field(gt=0)]
     max_failures: Annotated[int, Field(ge=0)]

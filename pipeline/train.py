@@ -26,7 +26,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pipeline.batch import Batch
-from pipeline.config import Strict, load
+from pipeline.config import BatchSize, BatchTokens, Processes, Strict, Threads, load
 from pipeline.dataset import (
     head_for,
     heldout_batches,
@@ -80,11 +80,11 @@ class FitConfig(Strict):
     lr_warmup_steps: Annotated[int, Field(ge=0)]
     lr_final: Annotated[float, Field(ge=0, le=1)]
     """Rate of the last step, as a share of the peak."""
-    batch_sequences: Positive
+    batch_sequences: BatchSize
     """Of a step, whatever the number of passes and ranks."""
-    micro_batch_sequences: Positive | None
+    micro_batch_sequences: BatchSize | None
     """Of a pass; bounds memory. The losses of a step's passes are averaged. null: one pass."""
-    pack_tokens: Positive | None
+    pack_tokens: BatchTokens | None
     """A row of a pass holds sequences of this many tokens together; null: a row a sequence. The
     same steps either way, up to the order of additions."""
     checkpoint_depths: bool
@@ -104,11 +104,11 @@ class FitConfig(Strict):
     log_every: Positive
     dtype: Literal["float32", "bfloat16"]
     """Of products and activations (autocast); weights, moments and terms stay float32 or wider."""
-    ranks: Positive
+    ranks: Processes
     """Processes that share a pass, a GPU each; they order the additions, so results know them."""
     sharding: Sharding
     """What a rank holds: ddp, all weights; fsdp, a slice of weights, gradients and moments."""
-    threads: Positive
+    threads: Threads
 
     @model_validator(mode="after")
     def _decay_is_read(self) -> Self:

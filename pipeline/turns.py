@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.chat import Message, prompt_tokens, talk_name, turn_name
+from pipeline.chat import Message, asks_of, prompt_tokens, talk_name, turn_name
 from pipeline.sampling import Prompt, Response
 from storage.errors import DataError
 
@@ -83,28 +83,6 @@ class Said:
     def dropped(self) -> int:
         """Turns that were to be asked and were not."""
         return len(self.talk.asks) - len(self.turns) - (self.failed is not None)
-
-
-def asks_of(row: Mapping[str, Any]) -> tuple[list[tuple[Message, ...]], int]:
-    """The messages before each reply, and how many user turns stand behind a tool's answer.
-
-    The data's own replies are left out. A tool's answer belongs to the data's own call, so that
-    nothing behind it can be asked of a target that may have called otherwise.
-    """
-    messages = list(row.get("messages") or [{"role": "user", "content": row["text"]}])
-    asks: list[tuple[Message, ...]] = []
-    pending: list[Message] = []
-    for place, message in enumerate(messages):
-        if message["role"] == "tool":
-            return asks, sum(m["role"] == "user" for m in messages[place:])
-        if message["role"] != "assistant":
-            pending.append(message)
-        elif any(m["role"] == "user" for m in pending):
-            asks.append(tuple(pending))
-            pending = []
-    if any(m["role"] == "user" for m in pending):
-        asks.append(tuple(pending))
-    return asks, 0
 
 
 def first_turns(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

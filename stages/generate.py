@@ -188,7 +188,8 @@ def _of_turns(
     found = {split: counts(some, unpaired=lost.get(split, 0)) for split, some in said.items()}
     for split, of_split in found.items():
         for why, number in of_split["dropped"].items():
-            print(f"generate: {split} goes without {number} turns {why}.", file=sys.stderr)
+            turns = "1 turn" if number == 1 else f"{number} turns"
+            print(f"generate: {split} goes without {turns} {why}.", file=sys.stderr)
     return tables, found
 
 

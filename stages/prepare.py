@@ -48,15 +48,20 @@ def main() -> None:
     dropped = {why: count for why, count in prepared.metrics.get("dropped", {}).items() if count}
     if dropped:
         told = ", ".join(f"{count} with {why}" for why, count in dropped.items())
-        print(f"prepare: left out {sum(dropped.values())} rows: {told}.", file=sys.stderr)
+        print(f"prepare: left out {_rows(sum(dropped.values()))}: {told}.", file=sys.stderr)
     for split, asked in ((TRAIN, config.train_prompts), (HELDOUT, config.heldout_prompts)):
         count = sum(prompt.split == split for prompt in prepared.prompts)
         if count < asked:
+            prompts = "1 prompt" if count == 1 else f"{count} prompts"
             print(
-                f"prepare: {split} has {count} prompts, fewer than the {asked} of "
+                f"prepare: {split} has {prompts}, fewer than the {asked} of "
                 f"prepare.{split}_prompts: the source holds no more.",
                 file=sys.stderr,
             )
+
+
+def _rows(number: int) -> str:
+    return "1 row" if number == 1 else f"{number} rows"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pipeline.cluster import ClusterConfig, device, device_map, open_cluster
 from pipeline.config import load
 from pipeline.coverage import coverage
 from pipeline.provenance import run
+from pipeline.sampled import Surprise
 from pipeline.target import read_head, read_spec
 from storage.errors import CacheError
 from storage.manifest import check_source
@@ -53,6 +54,7 @@ def main() -> None:
                 **coverage(cache),
                 "replay_max_error": found[split].errors,
                 "certified": summary(found[split].certificate),
+                **_sampling(found[split].surprise),
             }
             for split, cache in caches.items()
         }
@@ -64,6 +66,11 @@ def main() -> None:
         }
         write_json(workspace.path(OUT) / "report.json", report)
         workspace.publish()
+
+
+def _sampling(found: Surprise) -> dict[str, dict[str, float]]:
+    """How far a split's tokens are from samples of its law; nothing where that is not asked."""
+    return {"surprise_beyond_law": found.summary()} if found.rows else {}
 
 
 def _open(path: Path, sequences: Path, target: str) -> Cache:

@@ -32,6 +32,7 @@ from pipeline.blocks import (
     draw,
     take_rows,
 )
+from pipeline.config import Gamma
 from pipeline.draft import DraftConfig, Needs, require_interface
 from pipeline.interface import Interface, Shape
 from pipeline.seeds import generator
@@ -44,7 +45,7 @@ class Config(DraftConfig):
     """Section `drafts.<name>` of kind `eagle3`."""
 
     kind: Literal["eagle3"]
-    depth: Annotated[int, Field(gt=0)]
+    depth: Gamma
     num_heads: Annotated[int, Field(gt=0)]
     intermediate_size: Annotated[int, Field(gt=0)]
     norm_before_residual: bool

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from pipeline.batch import Batch
 from pipeline.blocks import take_rows
+from pipeline.config import Gamma
 from pipeline.draft import (
     Choose,
     Context,
@@ -41,7 +42,7 @@ class Config(DraftConfig):
     """Section `drafts.<name>` of kind `medusa`."""
 
     kind: Literal["medusa"]
-    num_heads: Annotated[int, Field(gt=0)]
+    num_heads: Gamma
     num_layers: Annotated[int, Field(gt=0)]
     train_heads: bool = False
     draft_vocab_size: Annotated[int, Field(gt=0)] | None = None

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pipeline.batch import Batch
 from pipeline.blocks import NORM_EPS, take_rows
+from pipeline.config import Gamma
 from pipeline.draft import (
     Choose,
     Context,
@@ -40,7 +41,7 @@ class Config(DraftConfig):
     """Section `drafts.<name>` of kind `mlp`."""
 
     kind: Literal["mlp"]
-    num_heads: Annotated[int, Field(gt=0)]
+    num_heads: Gamma
     """n: stages, one token each."""
     inner_size: Annotated[int, Field(gt=0)]
     tie_weights: bool

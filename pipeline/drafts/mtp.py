@@ -38,6 +38,7 @@ from pipeline.blocks import (
     take_rows,
     visible,
 )
+from pipeline.config import Gamma
 from pipeline.deepseek import Experts, ExpertsConfig, LatentAttention, LatentConfig
 from pipeline.draft import DraftConfig, Needs, require_interface, require_last_hidden
 from pipeline.interface import Interface, Mtp, Shape
@@ -52,7 +53,7 @@ class Config(DraftConfig):
     """Section `drafts.<name>` of kind `mtp`."""
 
     kind: Literal["mtp"]
-    depth: Annotated[int, Field(gt=0)]
+    depth: Gamma
     init: Literal["fresh", "target"]
     """`target`: the weights of the target's own module."""
     attention: Literal["step0", "per_step"]

@@ -280,10 +280,10 @@ def test_clean_lists_first_and_removes_when_told(
     clean()
     said = capsys.readouterr().out
     assert "a" * 16 in said
-    assert "--yes removes 1 folders, 3 B" in said
+    assert "--yes removes 1 folder, 3 B" in said
     assert stale.exists()
     clean(yes=True)
-    assert "removed 1 folders, 3 B" in capsys.readouterr().out
+    assert "removed 1 folder, 3 B" in capsys.readouterr().out
     assert (stale.exists(), latest.exists()) == (False, True)
     clean(yes=True, every=True)
     assert not latest.exists()

@@ -61,14 +61,35 @@ def test_a_cache_is_shown_without_torch_or_transformers(cache: Path) -> None:
     shown = done.stdout
     assert "3 sequences, 102 tokens" in shown
     assert "source target" in shown
-    assert "t" * 64 in shown
-    assert "param min_prob" in shown
+    assert "param min_prob" not in shown
+    assert shown.index("entropy, nats") < shown.index("position by position") < shown.index("dtype")
     for name in ("topk_ids", "tail_logp", "hidden", "bytes/token", "tail mass", "maths"):
         assert name in shown
     assert f"word{record.tokens[0]}" in shown
     first = int(np.flatnonzero(supervised(record.turn))[0])
     assert f"'word{record.tokens[first + 1]}'" in shown
     assert f"{np.exp(record.token_logp[first]):.3f}" in shown
+
+
+def test_parameters_and_whole_digests_are_behind_an_option(cache: Path) -> None:
+    shown = lkcache("inspect", cache, "--params").stdout
+    assert "t" * 64 in shown.split("made from and by")[1]
+    assert "param min_prob" in shown
+
+
+def test_entropy_and_surprise_are_those_of_the_records(cache: Path) -> None:
+    records = make_records(TOPK, [30, 12, 60])
+    logp = np.concatenate([r.token_logp[supervised(r.turn)] for r in records])
+    shown = lkcache("inspect", cache).stdout
+    (line,) = (x for x in shown.splitlines() if x.startswith("-log p of what was said, nats"))
+    assert float(line.split()[-1]) == pytest.approx(-logp.astype(np.float64).mean(), abs=1e-3)
+
+
+def test_counts_of_one_are_in_the_singular(tmp_path: Path) -> None:
+    path = write_cache(tmp_path / "one.zarr", FULL, make_records(FULL, [30]))
+    lines = [line.strip() for line in lkcache("inspect", path).stdout.splitlines()]
+    (holds,) = (line for line in lines if line.startswith("holds"))
+    assert holds.endswith("1 sequence, 30 tokens, 1 part")
 
 
 def test_positions_can_be_chosen(cache: Path) -> None:

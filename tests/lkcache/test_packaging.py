@@ -156,7 +156,7 @@ def test_a_cache_opens_where_no_project_is(lkcache: Path, tmp_path: Path) -> Non
     for verb in ("inspect", "verify"):
         done = run(lkcache, verb, "a.zarr", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    assert "whole and sound: 1 parts, 2 sequences" in done.stdout
+    assert "whole and sound: 1 part, 2 sequences" in done.stdout
     assert run(lkcache, "--version", cwd=tmp_path).stdout == f"lkcache {VERSION}\n"
 
 

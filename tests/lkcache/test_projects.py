@@ -214,9 +214,50 @@ def test_a_bad_model_is_refused_before_its_prompts_are_answered(project: Path) -
         check_params(params)
 
 
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        (["lm:0:kl", "lm:1:kl"], r"two rows of the draft lm; expected one, .* one row lm:SEEDS"),
+        (["lm:0,0:kl"], r"the seeds of row 'lm:0,0:kl'; expected each of them once"),
+        (["lm:-1:kl"], r"the seeds of row .* seeds from 0"),
+        (["lm:0:kl,kl"], r"the objectives of row .* once"),
+    ],
+)
+def test_rows_that_say_a_cell_twice_are_refused(
+    project: Path, rows: list[str], sentence: str
+) -> None:
+    before = (project / "params.yaml").read_bytes()
+    with pytest.raises(ConfigError, match=sentence):
+        matrix(rows)
+    assert (project / "params.yaml").read_bytes() == before
+
+
+def test_matrix_says_where_decoding_would_find_no_start(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    matrix(["lm:3,5:kl,lk_lambda"])
+    assert "decode_seeds names 0, the seed of no start: set it to seeds of 3, 5, or" in (
+        capsys.readouterr().out
+    )
+    with pytest.raises(ConfigError, match="decode_seeds names 0"):
+        check_params(read_params())
+
+
+def test_use_mends_a_broken_file_and_knows_a_misspelt_preset(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "params.yaml").write_text("")
+    use("smoke")
+    assert "replaced: params.yaml is empty\nparams.yaml is now the preset 'smoke': all changed" in (
+        capsys.readouterr().out
+    )
+    with pytest.raises(ConfigError, match=r"choose one \(is it smoke\?\), or add presets/smok\.ya"):
+        use("smok")
+
+
 def test_matrix_adds_an_export(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     matrix(["lm:0:kl,lk_lambda"], ["lm-kl-0:transformers"])
-    assert "1 starts, 2 arms, 2 exports" in capsys.readouterr().out
+    assert "1 start, 2 arms, 2 exports" in capsys.readouterr().out
     assert list(read_params()["exports"]) == ["lm-lk_lambda-0", "lm-kl-0"]
     check_params(read_params())
     before = (project / "params.yaml").read_bytes()

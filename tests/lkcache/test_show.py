@@ -73,7 +73,7 @@ def test_masks_that_are_empty_or_full_are_counted(
     show(mask=True, samples=9)
     told = capsys.readouterr().out
     assert "train: 3 sequences" in told
-    assert "1 sequences have no supervised tokens; 1 sequences have only supervised tokens" in told
+    assert "1 sequence with no supervised tokens; 1 sequence with only supervised tokens" in told
     assert "b · prose" in told
 
 
@@ -109,7 +109,7 @@ def test_conversations_of_the_data_go_through_the_template(
     show(mask=True, source="data")
     shown = capsys.readouterr().out
     assert "user: the cat<|end|>assistant:⟦ sat↵\non a mat<|end|>⟧user: and then<|end|>" in shown
-    assert "train: 1 prompts, 1 with a reply of the data's own" in shown
+    assert "train: 1 prompt, 1 with a reply of the data's own" in shown
     write_data(project, TALK[:1])
     show(mask=True, source="data")
     assert "user: the cat<|end|>assistant:\n" in capsys.readouterr().out

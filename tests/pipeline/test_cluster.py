@@ -59,6 +59,10 @@ def fill(_: int) -> None:
     raise OSError(errno.ENOSPC, "No space left on device", "cache/part")
 
 
+def starve(_: int) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
 def begin(unit: tuple[int, str, int]) -> int | Later[int]:
     """A unit that is finished when so many units have begun; number 2 has nothing left to do."""
     number, folder, awaited = unit
@@ -173,6 +177,11 @@ config = ClusterConfig(workers=2, device="cpu", address=None, parallel=None, wri
 with Workspace("capture", "f" * 64, outs=[Path("x")]), open_cluster(config, threads=1) as workers:
     list(workers.map(say_and_sleep, [sys.argv[1]] * 2))
 """
+
+
+def test_memory_that_runs_out_in_a_worker_is_told_at_once(two: Cluster) -> None:
+    with pytest.raises(MemoryError, match=r"in a worker: CUDA out of memory. Tried .* 2.00 GiB"):
+        list(two.map(starve, range(2)))
 
 
 def say_and_sleep(folder: str) -> None:

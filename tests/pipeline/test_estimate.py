@@ -1,6 +1,7 @@
 """Estimates are arithmetic over shapes and lengths, and say where each figure comes from."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from pipeline.estimate import (
     token_counts,
 )
 from storage.errors import ConfigError
-from storage.tables import SEQUENCES, write_table
+from storage.tables import CONVERSATIONS, PROMPTS, SEQUENCES, write_table
 
 PARAMS = read_params()
 
@@ -37,6 +38,30 @@ def test_without_sequences_the_limits_are_assumed(tmp_path: Path) -> None:
     assert tokens.label == "assumed"
     hidden = find(lines, "3 hidden layers")
     assert hidden.value == pytest.approx(3 * 2 * PARAMS["target"]["hidden_size"] * HIDDEN_RATIO)
+
+
+def test_every_user_turn_is_counted_once_the_data_is_prepared(tmp_path: Path) -> None:
+    params = copy.deepcopy(PARAMS)
+    params["generate"]["turns"] = "every"
+    params["prepare"]["source"] = {"kind": "jsonl", "train": "x.jsonl", "heldout": None}
+    once = estimate(params, tflops=1.0, root=tmp_path)
+    told = find(once, "user turns answered, train (more once prepare has run and they are counted)")
+    assert (told.value, told.label) == (1, "assumed")
+    params["prepare"]["filters"]["max_turns"] = 4
+    most = find(estimate(params, tflops=1.0, root=tmp_path), "tokens, heldout").value
+    assert most == 4 * find(once, "tokens, heldout").value
+
+    prompt = {"domain": "d", "text": "a", "response": None}
+    rows = [{"id": i, "split": s, **prompt} for s in ("train", "heldout") for i in ("a", "b")]
+    write_table(tmp_path / "data/prompts.parquet", PROMPTS, rows)
+    said = [{"role": role, "content": "x"} for role in ("user", "assistant") * 3]
+    talk = {"id": "a", "messages": json.dumps(said), "tools": "[]"}
+    write_table(tmp_path / "data/conversations.parquet", CONVERSATIONS, [talk | {"split": "train"}])
+    lines = estimate(params, tflops=1.0, root=tmp_path)
+    turns = find(lines, "user turns answered, train")
+    assert (turns.value, turns.label) == (2, "counted")  # three of one, one of the other
+    assert find(lines, "tokens, train").value == 2 * find(once, "tokens, train").value
+    assert find(lines, "tokens, heldout").value == find(once, "tokens, heldout").value
 
 
 def test_sequences_are_counted(tmp_path: Path) -> None:

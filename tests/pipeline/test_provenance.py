@@ -12,8 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline import provenance
+from pipeline.memory import memory_error, told
 from pipeline.provenance import Progress, run
 from storage.errors import DataError
 
@@ -54,6 +56,72 @@ def test_what_users_can_mend_is_a_sentence_and_exit_code_2(
     assert record["outcome"] == "stopped" if error.args == () else "failed"
     assert record["error"].startswith(sentence)
     assert record["exit_code"] == 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "error", "parameter"),
+    [
+        ("generate", torch.OutOfMemoryError("CUDA out of memory"), "generate.batch_sequences"),
+        ("train", RuntimeError("[x] DefaultCPUAllocator: can't allocate"), "micro_batch_sequences"),
+        ("evaluate", MemoryError(), "evaluate.decode_batch"),
+        ("verify", OSError(errno.ENOMEM, "Cannot allocate memory"), "cluster.workers"),
+        ("target", RuntimeError("not enough memory: you tried"), "target.batch_sequences"),
+        ("export", MemoryError(), "a machine with more memory"),
+    ],
+)
+def test_memory_that_runs_out_names_the_unit_and_what_to_lower(
+    stage: str,
+    error: Exception,
+    parameter: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["stage"])
+
+    def main() -> None:
+        with Progress(4, stage, unit="batch") as line:
+            line.add(2)
+            raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run(stage, main)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert said.startswith(f"{stage}: memory ran out at batch 3 of 4 ({told(error)}); expected")
+    assert parameter in said
+    assert "run dvc repro" in said
+    assert "Traceback" not in said
+    assert json.loads(Path(f"runs/{stage}.json").read_text())["outcome"] == "failed"
+
+
+def test_another_runtime_error_is_not_memory() -> None:
+    assert memory_error(RuntimeError("shapes differ"), "train") is None
+    assert told(RuntimeError("a\n b " + "x" * 200)).endswith(" …")
+
+
+def test_what_the_cpu_allocator_raises_is_known() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**58, dtype=torch.uint8)
+    assert memory_error(caught.value, "train") is not None
+
+
+def test_the_record_ends_with_the_last_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["stage"])
+
+    def main() -> None:
+        with Progress(224, "evaluate", unit="batch") as line:
+            for _ in range(224):
+                line.add()
+
+    run("evaluate", main)
+    record = json.loads(Path("runs/evaluate.json").read_text())
+    assert (record["outcome"], record["progress"]["done"]) == ("done", 224)
+    assert record["progress"]["left_s"] == 0
 
 
 def test_a_defect_of_ours_keeps_its_traceback(

@@ -7,13 +7,15 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from pipeline.findings import Findings, ReportConfig, find
 from pipeline.page import Column, Table, to_csv, to_html, to_markdown, with_intervals
 from pipeline.rate import rate_exhibit
-from pipeline.report import Records, Report, build
+from pipeline.report import Records, Report, agreement_words, build
 from pipeline.results import Results, read_results
 from pipeline.statistics import Interval
 from storage.workspace import read_json
@@ -437,3 +439,17 @@ def test_templates_lie_beside_the_module() -> None:
         "report.css",
         "report.html",
     }
+
+
+def test_one_arm_and_one_text_are_in_the_singular() -> None:
+    one: Any = SimpleNamespace(
+        z_points={0.0: 0.0},
+        predictions=[
+            SimpleNamespace(temperature=0.0, agreement=SimpleNamespace(unequal=0, prompts=1))
+        ],
+    )
+    assert agreement_words(one) == [
+        "At T = 0 the numbers of rounds are equal on the one text (1 arm)."
+    ]
+    one.predictions[0].agreement = SimpleNamespace(unequal=1, prompts=1)
+    assert agreement_words(one) == ["At T = 0 the numbers of rounds differ on 1 of 1 text (1 arm)."]

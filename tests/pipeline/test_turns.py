@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.chat import prompt_tokens, talk_name, turn_name
+from pipeline.chat import asks_of, prompt_tokens, talk_name, turn_name
 from pipeline.sampling import Prompt, Response
 from pipeline.turns import (
     Said,
     Talk,
-    asks_of,
     chains,
     converse,
     counts,

@@ -348,7 +348,7 @@ def test_repair_refills_the_bad_part_alone(
     assert repair(cache) == 1
     said = capsys.readouterr().out
     assert "train.zarr: part-00001: topk_ids/c/0 has sha256" in said
-    assert "capture would then compute 1 parts again" in " ".join(said.split())
+    assert "capture would then compute 1 part again" in " ".join(said.split())
     assert tree_digest(here / cache) == damaged  # nothing done until told
     assert repair(cache, yes=True) == 0
     assert not (here / cache / "part-00001").exists()

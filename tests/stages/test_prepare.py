@@ -107,7 +107,7 @@ def test_conversations_stand_beside_their_prompts(
     assert sorted(json.loads(t["messages"])[0]["content"] for t in talks) == sorted(
         row[0]["content"] for row in rows
     )
-    assert "prepare: left out 1 rows: 1 with no turn." in capsys.readouterr().err
+    assert "prepare: left out 1 row: 1 with no turn." in capsys.readouterr().err
     write(SECTION)
     prepare.main()
     assert not (project / "data/conversations.parquet").exists()

@@ -9,6 +9,7 @@ import pytest
 
 from stages import capture, generate, verify
 from storage.errors import CacheError, ConfigError, FingerprintMismatch
+from storage.tables import SEQUENCES, read_table, write_table
 from storage.workspace import file_digest
 from tests.targets import copy_project, write_params, write_project
 
@@ -89,6 +90,30 @@ def test_a_cache_of_another_target_is_refused(here: Path) -> None:
     spec["fingerprint"] = "0" * 64
     (here / "target/target.json").write_text(json.dumps(spec))
     with pytest.raises(FingerprintMismatch, match=r"train.zarr was made from target .* 0000"):
+        verify.main()
+
+
+def test_sequences_that_another_target_answered_are_refused(here: Path) -> None:
+    """Same vocabulary and template, captured without complaint: only the surprise tells.
+
+    At T = 0: the law of random weights is too flat for T = 1 (tests/pipeline/test_sampled.py).
+    """
+    report = json.loads((here / "cache-report/report.json").read_text())
+    for split in ("train", "heldout"):
+        own = report["splits"][split]["surprise_beyond_law"]
+        assert abs(own["excess_nats"]) <= 6 * own["standard_error"]
+    assert report["splits"]["greedy"]["surprise_beyond_law"]["excess_nats"] < 1e-3
+    path = here / "sequences/greedy.parquet"
+    rows = read_table(path, SEQUENCES)
+    for row in rows:
+        pairs = zip(row["tokens"], row["turn"], strict=True)
+        row["tokens"] = [299 - token if turn >= 0 else token for token, turn in pairs]
+    write_table(path, SEQUENCES, rows)
+    shutil.rmtree(here / "cache")
+    capture.main()
+    with pytest.raises(
+        CacheError, match=r"greedy cache: what was said is .* at T=0 \(\d+ replayed"
+    ):
         verify.main()
 
 
