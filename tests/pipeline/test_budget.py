@@ -60,6 +60,7 @@ def test_training_adds_up_starts_and_arms() -> None:
     fit = {"steps": 10, "batch_sequences": 4}
     params = {
         "prepare": {"train_prompts": 5},
+        "generate": {"turns": "last"},
         "drafts": {"lm": section("lm"), "other": section("lm") | {"kind": "unheard_of"}},
         "starts": {"lm-0": {"draft": "lm"}, "other-0": {"draft": "other"}},
         "arms": {"lm-kl-0": {"draft": "lm"}, "lm-tv-0": {"draft": "lm"}},

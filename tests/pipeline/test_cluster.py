@@ -1,6 +1,7 @@
 """Where work runs changes neither results nor what the user reads."""
 
 import errno
+import gc
 import os
 import signal
 import socket
@@ -24,6 +25,16 @@ from storage.errors import ConfigError, TargetError, WorkspaceError
 from storage.workspace import Workspace, read_json, write_json
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def clients_end_here() -> Iterator[None]:
+    """A client that found no scheduler is closed by `__del__`, which takes a lock of dask's.
+
+    Collected while dask's next client is made under the same lock, it waits for itself.
+    """
+    yield
+    gc.collect()
 
 
 def square(unit: int) -> tuple[int, int]:

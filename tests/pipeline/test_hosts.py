@@ -1,5 +1,6 @@
 """Workers elsewhere: over a real SSH server on loopback, by a stand-in for SLURM, and refused."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -23,6 +24,16 @@ SSH: dict[str, Any] = {"kind": "ssh", "hosts": ["127.0.0.1"], "user": None, "por
 SLURM: dict[str, Any] = {"kind": "slurm", "partition": "gpu", "account": "me", "cores": 4,
     "memory": "64GB", "gpus": 1, "walltime": "1-00:00:00", "interface": None, "wait_s": 60,
     "prologue": ["module load cuda"], "directives": ["--nice=5"]}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def clients_end_here() -> Iterator[None]:
+    """A client that found no scheduler is closed by `__del__`, which takes a lock of dask's.
+
+    Collected while dask's next client is made under the same lock, it waits for itself.
+    """
+    yield
+    gc.collect()
 
 
 def where(unit: int) -> tuple[str, str, int]:
