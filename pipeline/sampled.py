@@ -106,5 +106,5 @@ def require_samples(found: Surprise, law: str, where: str) -> None:
         expected=f"at most {allowed:.3g} nats, {errors}for arithmetic",
         todo="another target, template or law answered the prompts: remove sequences/ and cache/ "
         "and run dvc repro, which answers them anew; text that is no sample of the target trains "
-        "under generate.engine: none",
+        "under generate.train_responses: data",
     )
